@@ -1,0 +1,3 @@
+"""Étude: an experiment repository for language models."""
+
+__version__ = "0.1.0"

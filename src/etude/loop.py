@@ -1,0 +1,234 @@
+"""The loop: every strategy and every model trains here, in one pass from top to bottom. No callbacks: order is meaning."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from etude.data.loader import Batch, Batches
+from etude.display import Display
+from etude.errors import Interrupted, NonFinite
+from etude.optim import set_lr
+from etude.parallel import StopSignals, World
+from etude.run import Status
+from etude.track import Trackers
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is: with the weights and the optimizer's state, all that is needed to go on."""
+
+    step: int = 0  # updates done, which is the next step's number
+    tokens: int = 0  # training tokens seen, all ranks
+    seconds: float = 0.0  # spent training, over all resumes
+    best_loss: float = math.inf
+    best_step: int = 0
+    bad_evals: int = 0  # since the best
+    skipped: int = 0  # updates left out for non-finite gradients
+
+
+def due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+def key(seed: int, purpose: str, *where: int) -> int:
+    """A 63-bit seed for one purpose at one place: what is drawn there depends on nothing that was drawn before."""
+    digest = hashlib.blake2b(repr((seed, purpose, where)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def horizon(settings: dict, batches: Batches) -> int | None:
+    """The number of steps at which the first of max_steps, max_epochs and max_tokens is reached; None without them."""
+    size = settings["batch_size"]
+    limits = [settings["max_steps"]]
+    if settings["max_epochs"] is not None:
+        limits.append(math.ceil(settings["max_epochs"] * batches.epoch_samples / size))
+    if settings["max_tokens"] is not None:
+        limits.append(math.ceil(settings["max_tokens"] / (size * batches.data.seq_len)))
+    return min((n for n in limits if n is not None), default=None)
+
+
+def fit(
+    *,
+    settings: dict,
+    model: nn.Module,
+    ref: nn.Module | None,
+    strategy: Any,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int, int, float], float],
+    batches: Batches,
+    parallel: Any,
+    world: World,
+    progress: Progress,
+    tracker: Trackers,
+    status: Status,
+    display: Display,
+    save: Callable[[bool], None],
+    sample: Callable[[int], None],
+    evaluate: Callable[[bool], dict[str, float]],
+    precision: str,
+    peak_flops: float | None,
+    folder: Path,
+) -> str:
+    """Train from progress.step until a limit; -> why it ended. `settings` are train.py's root keys; `model` is wrapped
+    by `parallel`; save(best) writes a checkpoint of `progress`; evaluate(True) is the whole validation split's. Raises
+    Interrupted (after saving), NonFinite."""
+    seed, size = settings["seed"], settings["batch_size"]
+    bare = model.module if hasattr(model, "module") else model
+    flops_per_token = bare.flops_per_token(batches.data.seq_len)
+    steps_per_epoch = batches.epoch_samples / size
+    limit, steps = horizon(settings, batches), None
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
+    if world.size > 1:
+        warm_up(model, strategy, ref, batches, progress.step, autocast)
+    display.start(progress.step, limit)
+    last_log, begun = (time.perf_counter(), progress.step), time.perf_counter() - progress.seconds
+    with StopSignals() as signals, contextlib.closing(batches.steps(progress.step, limit)) as stream:
+        while True:
+            step = progress.step
+            progress.seconds = time.perf_counter() - begun
+            steps = limit or estimate_steps(step, progress.seconds, settings["max_minutes"])
+            collected = [strategy.collect(model, b) for b in next(stream, [])]
+            wanted = float(signals.name is not None)
+            out_of_time = float(settings["max_minutes"] is not None and progress.seconds >= 60 * settings["max_minutes"])
+            weight, wanted, out_of_time = world.sum([float(sum(map(strategy.weight, collected))), wanted, out_of_time])
+            if wanted:
+                save(False)
+                raise Interrupted(f"stopped by {signals.name or 'a signal to another rank'} after step {step}; go on with: python train.py resume={folder}")
+            set_lr(optimizer, factor := schedule(step, steps, steps_per_epoch))
+            done = step + 1
+            last = "time limit" if out_of_time else "all steps done" if done == limit else ""
+            logging = done == 1 or due(done, settings["log_every"]) or bool(last)
+            sums: list[dict] = []
+            for i, batch in enumerate(collected):
+                torch.manual_seed(key(seed, "forward", step, world.rank * len(collected) + i))
+                with parallel.sync_gradients(model, last=i == len(collected) - 1):
+                    with autocast:
+                        loss, metrics = strategy.loss(model, ref, batch)
+                    (loss * (world.size / max(weight, 1.0))).backward()
+                sums.append(metrics)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings["clip"] or math.inf)
+            if not math.isfinite(norm):
+                dump(folder, world, step, batches, collected)
+                if settings["on_nonfinite"] == "stop":
+                    raise NonFinite(f"the gradient of step {step} is {norm.item()}: no update was made. Lower optimizer.lr, or on_nonfinite=skip; the batch is in {folder}/logs")
+                progress.skipped += 1
+                optimizer.zero_grad()
+            histograms = due(done, settings["histogram_every"]) and [
+                (f"{what}/{name}", t) for name, p in bare.named_parameters() for what, t in (("params", p), ("grads", p.grad)) if t is not None
+            ]
+            if histograms and world.rank == 0:
+                tracker.histograms(done, histograms)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step, progress.tokens = done, progress.tokens + size * batches.data.seq_len
+
+            values: dict[str, float] = {}
+            if logging:
+                values = {f"train/{k}": v for k, v in reduce(sums, world).items()}
+                now = time.perf_counter()
+                rate = (done - last_log[1]) * size * batches.data.seq_len / (now - last_log[0])
+                last_log = now, done
+                values |= {"lr": optimizer.param_groups[0]["lr"], "lr_factor": factor, "grad_norm": norm.item(), "tokens": progress.tokens,
+                           "epoch": done / steps_per_epoch, "batch": batch_hash(collected, world), "perf/tokens_per_s": rate}
+                if progress.skipped:
+                    values["skipped"] = progress.skipped
+                if peak_flops:
+                    values["perf/mfu"] = rate * flops_per_token / (peak_flops * world.size)
+            if due(done, settings["eval_every"]):
+                found = evaluate(False)
+                values |= found
+                better = found["val/loss"] < progress.best_loss
+                progress.bad_evals = 0 if better else progress.bad_evals + 1
+                if better:
+                    progress.best_loss, progress.best_step = found["val/loss"], done
+                patience = settings["early_stopping"]
+                if patience is not None and progress.bad_evals >= patience:
+                    last = last or f"no better validation loss for {patience} evaluations"
+            if last:
+                values |= evaluate(True)
+            if world.rank == 0:
+                if values:
+                    tracker.scalars(done, values)
+                    status.beat(done, values)
+                display.update(done, steps, values, logged=bool(values))
+            if due(done, settings["sample_every"]) and not last:
+                sample(done)
+            progress.seconds = time.perf_counter() - begun
+            best = done == progress.best_step
+            if due(done, settings["save_every"]) or best or last:
+                save(best)
+            if "val/loss" in values or due(done, settings["sample_every"]) or due(done, settings["save_every"]):
+                last_log = time.perf_counter(), done  # the pace is that of training alone
+            if last:
+                return last
+
+
+def estimate_steps(step: int, seconds: float, minutes: float | None) -> int:
+    """With only a time limit: the steps that fit in at the pace so far, for the schedule. At first, a guess of 1000."""
+    if minutes is None:
+        raise ValueError("a limit is needed")
+    return 1000 if step < 5 else max(step + 1, round(step * 60 * minutes / max(seconds, 1e-9)))
+
+
+def warm_up(model: nn.Module, strategy: Any, ref: nn.Module | None, batches: Batches, step: int, autocast: Any) -> None:
+    """One forward and backward for nothing. DDP arranges its buckets anew after its first backward, which changes the
+    order of sums: so a resumed run would differ from an unbroken one in every step but the first."""
+    indices = batches.sampler.micro_batches(step)[0].tolist()
+    batch = batches.to_device(batches.train.__getitems__(indices))
+    torch.manual_seed(0)
+    with autocast:
+        loss, _ = strategy.loss(model, ref, strategy.collect(model, batch))
+    loss.backward()
+    model.zero_grad()
+
+
+def reduce(sums: list[dict], world: World) -> dict[str, float]:
+    """Metrics as (sum, count) of each micro-batch -> their means over all micro-batches and ranks."""
+    names = sorted({name for metrics in sums for name in metrics})
+    flat = [float(sum(float(m[n][i]) for m in sums if n in m)) for n in names for i in (0, 1)]
+    flat = world.sum(flat)
+    return {n: flat[2 * i] / max(flat[2 * i + 1], 1e-9) for i, n in enumerate(names)}
+
+
+def batch_hash(collected: list[Batch], world: World) -> int:
+    """A number for the step's samples, the same however they are spread over micro-batches and ranks."""
+    rows = sum(zlib.crc32(row.tobytes()) for b in collected for row in b["tokens"].cpu().numpy())
+    return int(world.sum([float(rows)])[0])
+
+
+def dump(folder: Path, world: World, step: int, batches: Batches, collected: list[Batch]) -> None:
+    """The batch of a step that went wrong: sample numbers and ids."""
+    indices = [m.tolist() for m in batches.sampler.micro_batches(step)]
+    record = {"step": step, "rank": world.rank, "samples": indices, "tokens": [b["tokens"].tolist() for b in collected]}
+    (folder / "logs" / f"nonfinite_step_{step}_rank_{world.rank}.json").write_text(json.dumps(record))
+
+
+@torch.no_grad()
+def validate(model: nn.Module, strategy: Any, ref: nn.Module | None, batches: Iterable[Batch], autocast: Any, world: World) -> dict[str, float]:
+    """Means of the strategy's metrics over `batches`, dropout off, shared over the ranks. Training's random numbers are
+    keyed by step, so nothing here can touch them."""
+    training = model.training
+    model.eval()
+    sums = []
+    for i, batch in enumerate(batches):
+        if i % world.size == world.rank:
+            with autocast:
+                sums.append({k: (float(s), float(n)) for k, (s, n) in strategy.loss(model, ref, batch)[1].items()})
+    model.train(training)
+    totals: dict[str, list[float]] = {}
+    for metrics in sums:
+        for name, (s, n) in metrics.items():
+            total = totals.setdefault(name, [0.0, 0.0])
+            total[0] += s
+            total[1] += n
+    return reduce([{k: (s, n) for k, (s, n) in totals.items()}], world)

@@ -1,0 +1,42 @@
+"""Dense feed-forward parts. Each returns (y, aux), with aux an auxiliary loss: None for a dense one."""
+
+from torch import Tensor, nn
+
+from etude.model import parts
+
+
+class MLP(nn.Module):
+    """out(act(up(x))) with `hidden` channels (null: 4 dim), `activation` relu, gelu, gelu_tanh or silu."""
+
+    tp_plan = {"up": "col", "out": "row"}
+
+    def __init__(self, dim: int, layer: int, *, hidden: int | None, activation: str, bias: bool, dropout: float):
+        super().__init__()
+        hidden = hidden or 4 * dim
+        self.act, self.dropout = parts.activation(activation), dropout
+        self.up = nn.Linear(dim, hidden, bias=bias)
+        self.out = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, D) -> ((B, T, D), None)."""
+        return parts.dropout(self.out(self.act(self.up(x))), self.dropout, self.training), None
+
+
+class GatedMLP(nn.Module):
+    """out(act(gate(x)) * up(x)): SwiGLU with silu, GeGLU with gelu (Shazeer 2020). `hidden` null: 8/3 dim rounded up
+    to a multiple of 32, which has the parameters of a plain MLP of width 4 dim."""
+
+    tp_plan = {"gate": "col", "up": "col", "out": "row"}
+
+    def __init__(self, dim: int, layer: int, *, hidden: int | None, activation: str, bias: bool, dropout: float):
+        super().__init__()
+        hidden = hidden or -(-8 * dim // 3 // 32) * 32
+        self.act, self.dropout = parts.activation(activation), dropout
+        self.gate = nn.Linear(dim, hidden, bias=bias)
+        self.up = nn.Linear(dim, hidden, bias=bias)
+        self.out = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, D) -> ((B, T, D), None)."""
+        return parts.dropout(self.out(self.act(self.gate(x)) * self.up(x)), self.dropout, self.training), None
+

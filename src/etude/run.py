@@ -1,0 +1,226 @@
+"""A run's folder: claimed for one launch alone, with all that is needed to know later what was run, on what."""
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from etude.errors import Refusal, StorageFault
+
+# Environment variables worth knowing of a run. An allow-list: anything else may be a secret.
+ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES HF_HOME KMP_AFFINITY LD_PRELOAD LOCAL_RANK MASTER_ADDR MASTER_PORT MKL_NUM_THREADS NCCL_DEBUG "
+    "OMP_NUM_THREADS PYTHONHASHSEED PYTORCH_CUDA_ALLOC_CONF RANK SLURM_JOB_ID TORCHINDUCTOR_CACHE_DIR WORLD_SIZE"
+).split()
+SECRET = re.compile(r"(?i)(^|[._-])(api_?key|access_?key|auth|credentials?|passw(or)?d|secret|token)$")
+
+
+def claim(runs_dir: str, tag: str) -> Path:
+    """A new folder runs_dir/YYYYMMDD_HHMMSS_<tag>[_<n>] that no other launch has, however close in time."""
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    return _claim(Path(runs_dir), stamp + (f"_{tag}" if tag else ""))
+
+
+def claim_job(sweep: Path, number: int, overrides_hash: str) -> Path:
+    """A new folder <sweep>/<job>_<overrides hash>[_<n>]."""
+    return _claim(sweep, f"{number}_{overrides_hash}")
+
+
+def _claim(parent: Path, name: str) -> Path:
+    for i in range(1, 10000):
+        folder = parent / (name if i == 1 else f"{name}_{i}")
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise StorageFault(f"could not make {folder}: {error.strerror}; choose another place with runs_dir=FOLDER") from None
+        for sub in ("artifacts/checkpoints", "logs", "meta"):
+            (folder / sub).mkdir(parents=True)
+        return folder
+    raise StorageFault(f"{parent} has ten thousand folders like {name}")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run alone. The lock is the kernel's: it goes with the process, so a stale one cannot stay behind."""
+    with (folder / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise Refusal(f"{folder} is being written by process {lock.read().strip() or '?'}; wait for it or stop it") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """The same value with every entry whose key names a secret, and every password in a URL, replaced."""
+    if isinstance(value, dict):
+        return {k: redact(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [redact(v, key) for v in value]
+    if isinstance(value, str):
+        return "<redacted>" if SECRET.search(key) and value else re.sub(r"(\w+://)[^/@\s]+@", r"\1", value)
+    return value
+
+
+def redact_override(text: str) -> str:
+    key, eq, value = text.partition("=")
+    return f"{key}={redact(value, key.lstrip('+~'))}" if eq else text
+
+
+def write_metadata(folder: Path, config: dict, overrides: list[str], data: dict, device: str) -> None:
+    """meta/: the resolved config, overrides, command, git state, environment, packages, hashes of data and tokenizer."""
+    meta = folder / "meta"
+    clean = redact(config)
+    overrides = [redact_override(o) for o in overrides]
+    (meta / "config.yaml").write_text(yaml.safe_dump(clean, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (meta / "full_config.json").write_text(json.dumps(clean, indent=1))
+    (meta / "overrides").write_text("".join(o + "\n" for o in overrides), encoding="utf-8")
+    (meta / "command").write_text(shlex.join(["python", sys.argv[0], *map(redact_override, sys.argv[1:])]) + "\n", encoding="utf-8")
+    (meta / "data.json").write_text(json.dumps(data, indent=1))
+    git, diff = _git()
+    (meta / "git.txt").write_text(git)
+    (meta / "diff.patch").write_text(diff)
+    lines = {
+        "python": sys.version.split()[0], "platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count(), "device": device,
+        "host": platform.node(), "folder": os.getcwd(),
+    }
+    lines |= {k: os.environ[k] for k in ENVIRONMENT if k in os.environ}
+    (meta / "env.txt").write_text("".join(f"{k}={v}\n" for k, v in lines.items()))
+    packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.metadata["Name"]}, key=str.lower)
+    (meta / "packages.txt").write_text("\n".join(packages) + "\n")
+
+
+def note_resume(folder: Path, config: dict, overrides: list[str], step: int) -> None:
+    """Record a resume: its overrides and step in meta/resumes, and the config as it is now."""
+    with (folder / "meta" / "resumes").open("a", encoding="utf-8") as out:
+        out.write(f"{_now()} step {step}: {' '.join(map(redact_override, overrides))}\n")
+    config = redact(config | {"resume": None})
+    replace(folder / "meta" / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    replace(folder / "meta" / "full_config.json", json.dumps(config, indent=1))
+
+
+def _processor() -> str:
+    try:
+        return next(line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _git() -> tuple[str, str]:
+    """Commit, branch, remote and status, and the diff against the commit, of the repository this code lies in."""
+    here = Path(__file__).resolve().parent
+
+    def ask(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=20, check=True).stdout
+
+    try:
+        facts = {"commit": ask("rev-parse", "HEAD"), "branch": ask("rev-parse", "--abbrev-ref", "HEAD")}
+        facts["remote"] = " ".join(sorted({w for w in ask("remote", "-v").split() if "/" in w}))
+        status = ask("status", "--porcelain")
+        text = "".join(f"{k}: {redact(v.strip())}\n" for k, v in facts.items()) + f"status:\n{status or 'clean'}\n"
+        return text, ask("diff", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return "not a git repository with a commit\n", ""
+
+
+class Status:
+    """status.json and summary.txt of a run: running, completed, failed or interrupted, and how far it is."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "status.json"
+        self.summary = folder / "summary.txt"
+        self._written = 0.0
+        self.fields: dict[str, Any] = {"status": "running", "pid": os.getpid(), "started": _now()}
+
+    def beat(self, step: int, metrics: dict[str, Any], every: float = 5.0) -> None:
+        """Heartbeat and last metrics, written at most once in `every` seconds."""
+        self.fields |= {"step": step, "metrics": self.fields.get("metrics", {}) | metrics}
+        if time.monotonic() - self._written > every:
+            self.write()
+
+    def end(self, status: str, error: str | None = None, exit_code: int = 0) -> None:
+        self.fields |= {"status": status, "exit_code": exit_code, "ended": _now()}
+        if error:
+            self.fields["error"] = error
+        self.write()
+
+    def write(self) -> None:
+        self._written = time.monotonic()
+        self.fields["heartbeat"] = _now()
+        replace(self.path, json.dumps(self.fields, indent=1))
+
+    def summarize(self, lines: list[str]) -> None:
+        head = f"{self.path.parent.name}: {self.fields['status']}"
+        replace(self.summary, "\n".join([head, *lines, *([self.fields["error"]] if self.fields.get("error") else [])]) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new text, never a part."""
+    making = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        making.write_text(text, encoding="utf-8")
+        os.replace(making, path)
+    except OSError as error:
+        making.unlink(missing_ok=True)
+        raise StorageFault(f"could not write {path}: {error.strerror} ({len(text)} bytes)") from None
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+# ---------------------------------------------------------------- going on with a run
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as dotted keys."""
+    if not isinstance(config, dict) or not config:
+        return {prefix: config}
+    return {k: v for key, value in config.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def resumed_config(folder: Path, config: dict, overrides: list[str], may_change: list[str]) -> dict:
+    """The stored config of a run with the typed overrides laid over it. `config` is what the command line composes to.
+    Raises Refusal with the differences, if one is not in `may_change`."""
+    try:
+        stored = yaml.safe_load((folder / "meta" / "config.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refusal(f"resume={folder} is not a run: there is no meta/config.yaml in it") from None
+    new = json.loads(json.dumps(stored))
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~").split("@")[0].replace("/", ".")
+        if key in ("resume", "experiment"):
+            continue
+        source, target = config, new
+        *parents, last = key.split(".")
+        for part in parents:
+            source, target = source[part], target[part]
+        target[last] = source[last]
+    new["resume"] = config["resume"]
+    old_flat, new_flat = flat(stored), flat(new)
+    changed = {k for k in old_flat.keys() | new_flat.keys() if old_flat.get(k) != new_flat.get(k)} - {"resume"}
+    allowed = tuple(may_change)
+    refused = sorted(k for k in changed if not any(k == a or k.startswith(a + ".") for a in allowed))
+    if refused:
+        difference = ", ".join(f"{k}: {old_flat.get(k)} -> {new_flat.get(k)}" for k in refused[:5])
+        raise Refusal(f"this would not be the same run ({difference}); leave that out, or start a new run. Resuming may change: {' '.join(may_change)}")
+    return new

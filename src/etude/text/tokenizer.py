@@ -1,0 +1,152 @@
+"""Tokenizers. All of them are a `tokenizers.Tokenizer` of the Hugging Face library inside, so every run's
+tokenizer.json has one format, which transformers reads too."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
+
+from etude.errors import Refusal
+
+BOS, EOS, PAD = "<|begin▁of▁sentence|>", "<|end▁of▁sentence|>", "<|▁pad▁|>"
+IM_START, IM_END = "<|im▁start|>", "<|im▁end|>"
+SPECIAL = [BOS, EOS, PAD, IM_START, IM_END]
+UNK = "<unk>"
+
+
+class Tokenizer:
+    """Text to ids and back. `bos`, `eos`, `pad` are ids, None where the vocabulary has no such token."""
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.bos, self.eos, self.pad = (self._first(*names) for names in ((BOS, "<s>"), (EOS, "</s>", "<|endoftext|>"), (PAD,)))
+        self.characters = frozenset(backend.get_vocab()) if self._by_character() else None
+
+    def _first(self, *names: str) -> int | None:
+        return next((i for n in names if (i := self.backend.token_to_id(n)) is not None), None)
+
+    def _by_character(self) -> bool:
+        return isinstance(self.backend.model, models.WordLevel) and self.backend.token_to_id(UNK) is None
+
+    def check(self, text: str, where: str = "the text") -> None:
+        """Raises Refusal naming the characters of `text` that a vocabulary of characters does not have."""
+        if self.characters is None or not (unknown := sorted(set(text) - self.characters)):
+            return
+        names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
+        raise Refusal(f"{where} has characters that the tokenizer does not know: {names}; train with tokenizer.unknown=unk to map them to {UNK}")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`; special tokens in it are recognised, none are added."""
+        self.check(text)
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, on all cores. Special tokens are not looked for: a corpus is plain text."""
+        backend = Backend.from_str(self.to_json())
+        backend.encode_special_tokens = True
+        return [np.array(e.ids, dtype=np.uint32) for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def to_json(self) -> str:
+        return self.backend.to_str()
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def from_json(text: str) -> Tokenizer:
+    return Tokenizer(Backend.from_str(text))
+
+
+def load(path: str | Path) -> Tokenizer:
+    """A tokenizer.json. Raises Refusal if it is missing or not one."""
+    try:
+        return from_json(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refusal(f"there is no tokenizer file {path}; give the path of a tokenizer.json") from None
+    except Exception as error:  # the library raises plain Exception
+        raise Refusal(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
+
+
+class Streamer:
+    """Text of ids that come one by one: `push` returns what is certain by now, so that a character whose bytes are
+    spread over several tokens is never shown by halves."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.ids, self.start, self.shown = tokenizer, [], 0, ""
+
+    def push(self, token: int) -> str:
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids[self.start :], skip_special=True)
+        if text.endswith("�") and len(self.ids) - self.start < 16:
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        if text.endswith("\n"):  # what follows a line does not depend on it: keep the decoded tail short
+            self.start, self.shown = len(self.ids), ""
+        return new
+
+    def flush(self) -> str:
+        return self.tokenizer.decode(self.ids[self.start :], skip_special=True)[len(self.shown) :]
+
+
+# ---------------------------------------------------------------- makers: each takes (training texts, all texts)
+
+
+def char(train: Sequence[str], corpus: Sequence[str], *, unknown: str) -> Tokenizer:
+    """One token a character of the whole corpus, sorted, as nanoGPT's: 65 for tiny Shakespeare. `unknown` "error" makes
+    other characters an error that names them, "unk" adds <unk> for them."""
+    if unknown not in ("error", "unk"):
+        raise Refusal(f"tokenizer.unknown={unknown} should be error or unk")
+    characters = sorted(set().union(*(set(t) for t in corpus)))
+    vocab = {c: i for i, c in enumerate(characters)}
+    if unknown == "unk":
+        vocab[UNK] = len(vocab)
+    backend = Backend(models.WordLevel(vocab, unk_token=UNK))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(backend)
+
+
+def byte(train: Sequence[str], corpus: Sequence[str]) -> Tokenizer:
+    """One token a byte of UTF-8, in order, then the special tokens."""
+    alphabet = _byte_alphabet()
+    backend = Backend(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL])
+    return Tokenizer(backend)
+
+
+def bpe(train: Sequence[str], corpus: Sequence[str], *, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) of at most `vocab_size` tokens, trained on the
+    training texts only. Any text can be encoded: what has no merge stays bytes."""
+    least = 256 + len(SPECIAL)
+    if vocab_size < least:
+        raise Refusal(f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL)} special tokens need {least}")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(train, trainer, length=len(train))
+    return Tokenizer(backend)
+
+
+def file(train: Sequence[str], corpus: Sequence[str], *, path: str) -> Tokenizer:
+    """A tokenizer that was trained elsewhere: the texts do not change it."""
+    return load(path)
+
+
+def _byte_alphabet() -> list[str]:
+    """The character by which byte-level BPE writes each byte (Radford et al. 2019): printable ones as they are, the
+    others from U+0100 on, in order."""
+    printable = set(re.findall(r"[!-~¡-¬®-ÿ]", "".join(map(chr, range(256)))))
+    others = iter(range(256, 512))
+    return [chr(b) if chr(b) in printable else chr(next(others)) for b in range(256)]

@@ -1,0 +1,379 @@
+"""From a checked config to a finished run: data, model, run folder, loop, summary."""
+
+import base64
+import contextlib
+import hashlib
+import json
+import random
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from etude import config as conf
+from etude import run as runs
+from etude.data.text import Prepared, TextData, prepare
+from etude.errors import EtudeError, Interrupted, Refusal
+
+# torch is imported by `work` alone: bad input is refused before, and a launcher of processes never needs it.
+
+
+def train(cfg: dict) -> int:
+    """Everything that needs no torch, then `work` in as many processes as cfg.parallel says. -> exit code."""
+    overrides = typed_overrides()
+    if cfg["resume"] is not None:
+        cfg = runs.resumed_config(Path(cfg["resume"]), cfg, overrides, list(conf.MAY_CHANGE))
+        conf.check_targets({k: v for k, v in cfg.items() if isinstance(v, dict)}, cfg["trusted"])
+    data, prepared = prepare_data(cfg)
+    return conf.build(cfg["parallel"]).launch(work, cfg, overrides, data, prepared, sweep_job())
+
+
+def prepare_data(cfg: dict) -> tuple[TextData, Prepared]:
+    node = dict(cfg["tokenizer"])
+    data = conf.build(cfg["data"])
+    key = json.dumps(node)
+    if "path" in node:  # the file may change under the same name
+        path = Path(node["path"]).expanduser()
+        key += hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+    def make(train: list[str], corpus: list[str]) -> Any:
+        return conf.build(node, train, corpus)
+
+    return data, prepare(data, make, key, cfg["cache_dir"])
+
+
+def typed_overrides() -> list[str]:
+    """What the user typed, job by job in a sweep; empty outside of Hydra (tests, notebooks)."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def sweep_job() -> tuple[str, int, str] | None:
+    """(sweep's folder, job's number, hash of its overrides) in a multirun, else None."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    h = HydraConfig.get()
+    return h.sweep.dir, h.job.num, hashlib.sha256(json.dumps(sorted(h.overrides.task)).encode()).hexdigest()[:8]
+
+
+def work(cfg: dict, overrides: list[str], data: TextData, prepared: Prepared, job: tuple[str, int, str] | None) -> int:
+    """One process of a run. -> exit code."""
+    parallel = conf.build(cfg["parallel"])
+    return conf.guard(lambda: _work(cfg, overrides, data, prepared, job, parallel))
+
+
+def _work(cfg: dict, overrides: list[str], data: TextData, prepared: Prepared, job: tuple[str, int, str] | None, parallel: Any) -> int:
+    with parallel.world(cfg["threads"]) as world, contextlib.ExitStack() as stack:
+        session = Session(cfg, data, prepared, parallel, world)
+        folder = world.broadcast(str(session.claim(job)) if world.rank == 0 else None)
+        session.folder = Path(folder)
+        if world.rank == 0:
+            stack.enter_context(runs.locked(session.folder))
+        return session.run(overrides)
+
+
+class Session:
+    """The parts of one run in this process, and the functions that the loop calls on them."""
+
+    def __init__(self, cfg: dict, data: TextData, prepared: Prepared, parallel: Any, world: Any):
+        import torch
+
+        from etude.data.loader import Batches
+        from etude.loop import Progress, key
+        from etude.parallel import peak_flops, pick_precision
+
+        self.cfg, self.data, self.prepared, self.parallel, self.world = cfg, data, prepared, parallel, world
+        self.device = world.device
+        self.precision = pick_precision(cfg["precision"], self.device)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        self.peak_flops = peak_flops(self.device)
+        if cfg["deterministic"]:
+            torch.use_deterministic_algorithms(True)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        self.tokenizer = prepared.tokenizer
+        self.model = conf.build(cfg["model"], self.tokenizer.vocab_size)
+        limit = self.model.position_limit
+        if limit is not None and data.seq_len > limit:
+            raise Refusal(f"data.seq_len={data.seq_len} is longer than the model's {limit} positions; set data.seq_len or model.max_len")
+        torch.manual_seed(key(cfg["seed"], "init"))
+        self.model.init_weights()
+        self.model.to(self.device)
+        self.strategy = conf.build(cfg["strategy"])
+        self.optimizer = conf.build(cfg["optimizer"], self.model)
+        self.progress = Progress()
+        size = cfg["batch_size"]
+        if size % world.size:
+            raise Refusal(f"batch_size={size} does not divide over {world.size} processes; set batch_size to a multiple of {world.size}")
+        micro = cfg["micro_batch_size"] or size // world.size
+        if (size // world.size) % micro:
+            raise Refusal(f"batch_size={size} over {world.size} processes is not a multiple of micro_batch_size={micro}; set micro_batch_size to a divisor of {size // world.size}")
+        self.batches = Batches(data, prepared, {
+            "seed": cfg["seed"], "batch_size": size, "micro_batch_size": micro, "rank": world.rank, "world_size": world.size,
+        }, self.device)
+        self.folder = Path()
+        self.whole: set[Path] = set()  # checkpoints verified in this process
+
+    def claim(self, job: tuple[str, int, str] | None) -> Path:
+        if self.cfg["resume"] is not None:
+            return Path(self.cfg["resume"])
+        if job is not None:
+            return runs.claim_job(Path(job[0]), job[1], job[2])
+        return runs.claim(self.cfg["runs_dir"], self.cfg["tag"])
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "artifacts" / "checkpoints"
+
+    # ------------------------------------------------------------ what the loop calls
+
+    def evaluate(self, whole: bool) -> dict[str, float]:
+        """Means over eval_iters fixed batches of both splits as val/<name> and train/eval_<name> (over the validation
+        split where eval_iters is null), or with `whole` over the validation split as val/full_<name>."""
+        n, size = self.cfg["eval_iters"], self.eval_batch_size
+        if whole or n is None:
+            found = self._validate(self.batches.whole("val", size), "val")
+            return {f"val/full_{k}" if whole else f"val/{k}": v for k, v in found.items()}
+        found = {f"val/{k}": v for k, v in self._validate(self.batches.fixed("val", n, size), "val").items()}
+        return found | {f"train/eval_{k}": v for k, v in self._validate(self.batches.fixed("train", n, size), "train").items()}
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.cfg["eval_batch_size"] or self.batches.sampler.micro_batch_size
+
+    def _validate(self, batches: Any, split: str) -> dict[str, float]:
+        from etude.loop import validate
+
+        found = validate(self.model, self.strategy, None, batches, self.autocast, self.world)
+        found["loss"] = found.pop("nll", found["loss"])  # of the model, without smoothing and penalties
+        meta = self.prepared.meta
+        found["bits_per_byte"] = found["loss"] / 0.6931471805599453 * meta[f"{split}_tokens"] / meta[f"{split}_bytes"]
+        return found
+
+    def sample(self, step: int) -> list[tuple[str, str]]:
+        """Text after each of sample_prompts, written to the trackers by rank 0. -> (prompt, text) pairs."""
+        from etude.infer.generate import complete
+        from etude.infer.sampling import Sampling
+
+        if self.world.rank != 0 or not self.cfg["sample_prompts"]:
+            return []
+        self.model.eval()
+        rows = complete(self.model, self.tokenizer, self.cfg["sample_prompts"], Sampling(temperature=0.8, top_k=50, seed=self.cfg["seed"]), self.cfg["sample_tokens"])
+        self.model.train()
+        pairs = [(p, r.text) for p, r in zip(self.cfg["sample_prompts"], rows)]
+        for i, (prompt, text) in enumerate(pairs):
+            self.tracker.text(step, f"sample/{i}", prompt + text)
+        return pairs
+
+    def save(self, best: bool) -> None:
+        """A checkpoint of this moment; the other ranks wait until it is on disk."""
+        from etude import checkpoint
+
+        if self.world.rank == 0:
+            folder = checkpoint.save(self.checkpoints / f"step_{self.progress.step:08d}", {
+                "model.safetensors": checkpoint.model_tensors(self.model),
+                "optimizer.safetensors": checkpoint.optimizer_tensors(self.model, self.optimizer),
+                "state.json": self.state(),
+                "config.json": self.model_config(),
+                "tokenizer.json": self.tokenizer.to_json(),
+            })
+            self.whole.add(folder)
+            checkpoint.point(self.checkpoints, "last", folder)
+            if best:
+                checkpoint.point(self.checkpoints, "best", folder)
+            checkpoint.retain(self.checkpoints, self.cfg["keep"], self.whole)
+        self.world.broadcast(None)
+
+    def state(self) -> dict:
+        import dataclasses
+
+        import numpy as np
+        import torch
+
+        self.batches.sampler.step = self.progress.step
+        pack = lambda value: base64.b64encode(value).decode()  # noqa: E731
+        return {
+            "progress": dataclasses.asdict(self.progress),
+            "sampler": self.batches.sampler.state_dict(),
+            "rng": {
+                "python": random.getstate(), "numpy": [s if not isinstance(s, np.ndarray) else s.tolist() for s in np.random.get_state()],
+                "torch": pack(torch.get_rng_state().numpy().tobytes()),
+            },
+            "world_size": self.world.size, "threads": torch.get_num_threads(), "precision": self.precision,
+            "data_sha256": self.prepared.meta["sha256"], "tokenizer_sha256": self.prepared.meta["tokenizer_sha256"], "time": time.time(),
+        }
+
+    def model_config(self) -> dict:
+        return {"format": 1, "step": self.progress.step, "vocab_size": self.tokenizer.vocab_size, "model": self.cfg["model"], "seq_len": self.data.seq_len}
+
+    # ------------------------------------------------------------ from start to end
+
+    def restore(self) -> None:
+        """Take weights, optimizer and progress from the run's newest whole checkpoint. A run that was stopped before its
+        first checkpoint begins again."""
+        from etude import checkpoint
+
+        found = None
+        if self.world.rank == 0:
+            newest = checkpoint.newest(self.checkpoints, lambda text: print(f"warning: {text}", file=sys.stderr))
+            found = None if newest is None else str(newest)
+        if (found := self.world.broadcast(found)) is None:
+            return
+        folder = Path(found)
+        state = checkpoint.read(folder)
+        for name in ("data_sha256", "tokenizer_sha256"):
+            if state[name] != self.prepared.meta[name.replace("data_", "")]:
+                what = name.removesuffix("_sha256")
+                raise Refusal(f"the {what} is not what this run was trained on (sha256 {state[name][:12]} then, {self.prepared.meta[name.replace('data_', '')][:12]} now)")
+        checkpoint.load_model(self.model, checkpoint.tensors(folder, "model"))
+        checkpoint.load_optimizer(self.model, self.optimizer, checkpoint.tensors(folder, "optimizer"))
+        for name, value in state["progress"].items():
+            setattr(self.progress, name, value)
+        self.restore_rng(state)
+        self.warn_if_not_exact(state)
+
+    def restore_rng(self, state: dict) -> None:
+        """The generators' states and the sampler's. Nothing in the loop depends on them (see loop.key); what a user's own
+        part draws goes on as if it had never stopped."""
+        import numpy as np
+        import torch
+
+        try:
+            self.batches.sampler.load_state_dict(state["sampler"])
+        except ValueError as error:
+            raise Refusal(f"the order of the data would change: {error}") from None
+        version, internal, gauss = state["rng"]["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = state["rng"]["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"]["torch"])), dtype=torch.uint8))
+
+    def warn_if_not_exact(self, state: dict) -> None:
+        import torch
+
+        now = {"world_size": self.world.size, "threads": torch.get_num_threads(), "precision": self.precision}
+        for name, value in now.items():
+            if state[name] != value and self.world.rank == 0:
+                print(f"warning: {name} was {state[name]} and is {value}: the run goes on, but not bit for bit as it would have", file=sys.stderr)
+
+    def run(self, overrides: list[str]) -> int:
+        """Train to the end, evaluate, export and say what to type next. -> exit code."""
+        from etude.display import Display
+        from etude.loop import fit, horizon
+        from etude.track import Jsonl, Trackers
+
+        cfg, main = self.cfg, self.world.rank == 0
+        if cfg["resume"] is not None:
+            self.restore()
+        display = Display(cfg["progress"], main)
+        limit = horizon(cfg, self.batches)
+        if limit is not None and self.progress.step >= limit:
+            display.say(f"{self.folder} is complete: {self.progress.step} steps. To train on: python train.py resume={self.folder} max_steps={2 * self.progress.step}")
+            return 0
+        self.tracker = Trackers(Jsonl(), {name: conf.build(node) for name, node in cfg["tracker"].items()}) if main else None
+        status = runs.Status(self.folder)
+        if main:
+            if cfg["resume"] is None:
+                runs.write_metadata(self.folder, cfg, overrides, self.prepared.meta, str(self.device))
+            else:
+                runs.note_resume(self.folder, cfg, overrides, self.progress.step)
+            status.write()
+            self.tracker.open(self.folder, cfg, self.progress.step)
+        display.say(self.start_summary(limit))
+        if cfg["compile"]:
+            for block in self.model.blocks:
+                block.compile()
+        model = self.parallel.wrap(self.model, self.world)
+        try:
+            reason = fit(
+                settings=cfg, model=model, ref=None, strategy=self.strategy, optimizer=self.optimizer, schedule=conf.build(cfg["scheduler"]),
+                batches=self.batches, parallel=self.parallel, world=self.world, progress=self.progress, tracker=self.tracker, status=status,
+                display=display, save=self.save, sample=self.sample, evaluate=self.evaluate, precision=self.precision, peak_flops=self.peak_flops,
+                folder=self.folder,
+            )
+            if main:
+                self.export()
+                display.stop()
+                status.end("completed")
+                text = self.end_summary(reason, status)
+                status.summarize(text)
+                display.say("\n".join(text))
+            return 0
+        except BaseException as error:
+            if main:
+                stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+                why = str(error) if isinstance(error, EtudeError) else traceback.format_exc()
+                with contextlib.suppress(EtudeError, OSError):  # a full disk must not hide the first error
+                    status.end("interrupted" if stopped else "failed", why, getattr(error, "code", 3 if stopped else 1))
+                    status.summarize([f"step {self.progress.step}"])
+            raise
+        finally:
+            display.stop()
+            if main:
+                self.tracker.close()
+
+    def export(self) -> None:
+        """artifacts/export: what inference needs, of the checkpoint with the best validation loss (the last one where
+        none was evaluated)."""
+        from etude import checkpoint
+
+        best = self.checkpoints / "best"
+        source = best if best.exists() else self.checkpoints / "last"
+        checkpoint.save(self.folder / "artifacts" / "export", {
+            "model.safetensors": checkpoint.tensors(source, "model"),
+            "config.json": json.loads((source / "config.json").read_text()),
+            "tokenizer.json": (source / "tokenizer.json").read_text(encoding="utf-8"),
+        })
+
+    def start_summary(self, limit: int | None) -> str:
+        from etude.display import count
+
+        meta, size, seq = self.prepared.meta, self.cfg["batch_size"], self.data.seq_len
+        n = self.model.n_params()
+        flops = self.model.flops_per_token(seq)
+        rows = self.batches.sampler.micro_batch_size * seq
+        memory = memory_estimate(self.model, rows, self.precision)
+        total = f"{limit:,} steps, {count(limit * size * seq)} tokens" if limit else f"{self.cfg['max_minutes']} minutes"
+        accumulation = f" ({self.batches.micro_batches} micro-batches of {self.batches.sampler.micro_batch_size})" if self.batches.micro_batches > 1 else ""
+        lines = [
+            f"run      {self.folder}" + (f", from step {self.progress.step}" if self.progress.step else ""),
+            f"model    {n:,} parameters, {count(flops)}FLOP a token, about {memory / 2**20:,.0f} MiB to train",
+            f"data     {meta['files']} file{'s' * (meta['files'] > 1)} of {meta['source']}: {count(meta['train_tokens'])} + {count(meta['val_tokens'])} tokens of {meta['vocab_size']:,} kinds",
+            f"train    {total}, {size} x {seq} tokens a step{accumulation}, {self.device.type} {self.precision}" + (f", {self.world.size} processes" if self.world.size > 1 else ""),
+            f"baseline a bigram model's validation loss is {meta['bigram_loss']:.3f}",
+        ]
+        return "\n".join(lines)
+
+    def end_summary(self, reason: str, status: runs.Status) -> list[str]:
+        metrics = status.fields["metrics"]
+        minutes, seconds = divmod(round(self.progress.seconds), 60)
+        lines = [
+            f"done     {reason}: {self.progress.step:,} steps, {self.progress.tokens:,} tokens in {minutes} min {seconds} s",
+            f"loss     validation {metrics['val/full_loss']:.4f} over the whole split ({metrics['val/full_bits_per_byte']:.3f} bits a byte); "
+            f"a bigram model's is {self.prepared.meta['bigram_loss']:.3f}",
+        ]
+        if self.progress.best_step:
+            lines.append(f"best     step {self.progress.best_step}, validation {self.progress.best_loss:.4f} over the same {self.cfg['eval_iters'] or 'whole'} batches each time")
+        pairs = self.sample(self.progress.step)
+        for prompt, text in pairs:
+            lines += ["", f"--- sample after {prompt!r}", prompt + text]
+        prompt = self.cfg["sample_prompts"][0] if self.cfg["sample_prompts"] else ""
+        shown = json.dumps(prompt, ensure_ascii=False) if prompt.strip() else '"..."'
+        return [*lines, "", f"generate: python generate.py ckpt={self.folder} prompt={shown}"]
+
+
+def memory_estimate(model: Any, rows: int, precision: str) -> int:
+    """Bytes to train: fp32 weights, gradients and two moments, and what the blocks keep of `rows` tokens for the backward
+    pass, 17 numbers a channel and layer (after Korthikanti et al. 2022, without the attention matrix; 2 with activation
+    checkpointing); the head's chunk of logits three times."""
+    from etude.model.head import CHUNK
+
+    width = 2 if precision == "bf16" else 4
+    kept = 2 if model.checkpoint else 17
+    logits = min(rows * model.vocab_size, CHUNK)
+    return model.n_params() * 16 + rows * model.dim * model.n_layers * kept * width + logits * 12
