@@ -39,6 +39,23 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             p.copy_(tensors[name])
 
 
+def materialize(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a model made on the meta device these tensors as its parameters, tied ones shared. Raises Refusal if names or
+    shapes differ."""
+    first: dict[int, str] = {}
+    made: dict[str, nn.Parameter] = {}
+    for name, p in list(model.named_parameters(remove_duplicate=False)):
+        source = first.setdefault(id(p), name)
+        if source not in tensors or tensors[source].shape != p.shape:
+            found = f"{tuple(tensors[source].shape)}" if source in tensors else "nothing"
+            raise Refusal(f"the weights do not fit the model: {source} should be {tuple(p.shape)}, the file has {found}")
+        parameter = made.setdefault(source, nn.Parameter(tensors[source]))
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, parameter)
+    if left := sorted(tensors.keys() - made.keys()):
+        raise Refusal(f"the weights do not fit the model: it has no {left[0]}")
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as `<parameter>/<name>` tensors. Its groups' settings are the config's and not kept."""
     names = {p: n for n, p in model.named_parameters()}

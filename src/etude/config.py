@@ -7,6 +7,7 @@ comes before the `*` and belongs to a `_partial_: true` node.
     python -m etude.config      checks every choice of every group, and every experiment
 """
 
+import __future__
 import ast
 import dataclasses
 import difflib
@@ -261,16 +262,27 @@ def _fits(value: Any, node: ast.expr) -> bool:
 
 
 def _wanted(annotation: str) -> str:
-    options = re.sub(r"Literal\[(.*?)\]", lambda m: "one of " + m[1].replace("'", "").replace('"', ""), annotation)
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
-    names = [w.strip() for w in options.split("|")]
-    return " or ".join(words.get(n, n.replace("list[str]", "a list of texts")) for n in names)
+    """An annotation in words."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null", "dict": "a mapping"}
+    said = []
+    for part in re.split(r"\s*\|\s*", annotation):
+        if m := re.fullmatch(r"(?:\w+\.)?Literal\[(.*)\]", part):
+            said.append("one of " + re.sub("['\"]", "", m[1]))
+        elif m := re.fullmatch(r"(?:list|tuple)\[(\w+).*\]", part):
+            said.append(f"a list of {words.get(m[1], m[1]).removeprefix('a ')}s")
+        elif part.startswith("Callable"):
+            said.append("a part with a _target_")
+        else:
+            said.append(words.get(part, part))
+    return " or ".join(said)
 
 
 def _did_you_mean(word: str, options: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {prefix}{close[0]}?"
+    if len(options) > 20:
+        return "; --help lists what there is"
     return f"; there is: {', '.join(sorted(options))}" if options else ""
 
 
@@ -311,6 +323,39 @@ def check_targets(cfg: dict, trusted: list[str]) -> None:
                 raise Refusal(f"missing {path}.{p.name}: {target} needs it; type {path}.{p.name}=<value>")
 
 
+def check_relations(cfg: dict, parent: dict | None = None) -> None:
+    """Run each target class's `check`, a static method of plain Python that raises ValueError for settings that do not fit
+    together. It is compiled from its source alone, without importing the module, and takes by name what it wants of
+    the node's and its parent's settings. Raises Refusal with its message."""
+    target = cfg.get("_target_")
+    if target and (function := _check_method(target)) is not None:
+        known = (parent or {}) | cfg
+        code = function.__code__
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if all(n in known for n in names):
+            try:
+                function(**{n: known[n] for n in names})
+            except ValueError as error:
+                raise Refusal(str(error)) from None
+    for key, value in cfg.items():
+        if isinstance(value, dict):
+            check_relations(value, cfg)
+
+
+def _check_method(target: str) -> Callable[..., None] | None:
+    module, _, name = target.rpartition(".")
+    found = _find(module, name)
+    if found is None or not isinstance(found[1], ast.ClassDef):
+        return None
+    for item in found[1].body:
+        if isinstance(item, ast.FunctionDef) and item.name == "check" and [ast.unparse(d) for d in item.decorator_list] == ["staticmethod"]:
+            item.decorator_list = []
+            space: dict[str, Any] = {}
+            exec(compile(ast.Module([item], []), module, "exec", flags=__future__.annotations.compiler_flag), space)
+            return space["check"]
+    return None
+
+
 def check(cfg: Any, script: str) -> dict:
     """All checks on a composed config; -> it resolved, as plain dicts and lists. Raises Refusal with one line."""
     from omegaconf import OmegaConf
@@ -337,6 +382,7 @@ def check(cfg: Any, script: str) -> dict:
     for name in fields.keys() - plain.keys():
         raise Refusal(f"missing {name}: conf/{script}.yaml does not set it")
     check_targets({k: v for k, v in plain.items() if k not in fields}, plain["trusted"])
+    check_relations({k: v for k, v in plain.items() if isinstance(v, dict)})
     if script != "generate":
         _check_train(plain)
     return plain

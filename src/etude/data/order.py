@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-ORDERS = ("random", "shuffle", "sequential")
-
 
 def mix(*keys: int | np.ndarray) -> np.ndarray:
     """64 well-mixed bits of the keys, elementwise: SplitMix64 (Steele et al. 2014) chained over them. -> uint64."""

@@ -16,11 +16,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from etude.data.order import ORDERS
 from etude.errors import Refusal, StorageFault
 from etude.text import tokenizer as tok
 
@@ -37,7 +36,7 @@ class TextData:
 
     val_fraction: float
     seq_len: int
-    order: str
+    order: Literal["random", "shuffle", "sequential"]
     stride: int | None
     drop_last: bool
     isolate_documents: bool
@@ -45,8 +44,6 @@ class TextData:
     prefetch: int
 
     def __post_init__(self) -> None:
-        if self.order not in ORDERS:
-            raise Refusal(f"data.order={self.order} should be one of {', '.join(ORDERS)}")
         if not 0 < self.val_fraction < 1:
             raise Refusal(f"data.val_fraction={self.val_fraction} should lie between 0 and 1")
         if self.seq_len < 1 or (self.stride is not None and self.stride < 1):

@@ -20,8 +20,7 @@ def load(path: str, device: str, dtype: str, trusted: list[str]) -> tuple[nn.Mod
     check_targets({"model": config["model"]}, trusted)
     with torch.device("meta"):
         model = build(config["model"], config["vocab_size"])
-    model = model.to_empty(device=device)
-    checkpoint.load_model(model, checkpoint.tensors(folder, "model"))
+    checkpoint.materialize(model, checkpoint.tensors(folder, "model", device))
     model = model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]).eval()
     return model, tok.load(folder / "tokenizer.json"), config
 

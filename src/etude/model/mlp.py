@@ -1,5 +1,7 @@
 """Dense feed-forward parts. Each returns (y, aux), with aux an auxiliary loss: None for a dense one."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from etude.model import parts
@@ -10,10 +12,10 @@ class MLP(nn.Module):
 
     tp_plan = {"up": "col", "out": "row"}
 
-    def __init__(self, dim: int, layer: int, *, hidden: int | None, activation: str, bias: bool, dropout: float):
+    def __init__(self, dim: int, layer: int, *, hidden: int | None, activation: Literal["relu", "gelu", "gelu_tanh", "silu"], bias: bool, dropout: float):
         super().__init__()
         hidden = hidden or 4 * dim
-        self.act, self.dropout = parts.activation(activation), dropout
+        self.act, self.dropout = parts.ACTIVATIONS[activation], dropout
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.out = nn.Linear(hidden, dim, bias=bias)
 
@@ -28,10 +30,10 @@ class GatedMLP(nn.Module):
 
     tp_plan = {"gate": "col", "up": "col", "out": "row"}
 
-    def __init__(self, dim: int, layer: int, *, hidden: int | None, activation: str, bias: bool, dropout: float):
+    def __init__(self, dim: int, layer: int, *, hidden: int | None, activation: Literal["relu", "gelu", "gelu_tanh", "silu"], bias: bool, dropout: float):
         super().__init__()
         hidden = hidden or -(-8 * dim // 3 // 32) * 32
-        self.act, self.dropout = parts.activation(activation), dropout
+        self.act, self.dropout = parts.ACTIVATIONS[activation], dropout
         self.gate = nn.Linear(dim, hidden, bias=bias)
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.out = nn.Linear(hidden, dim, bias=bias)

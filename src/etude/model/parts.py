@@ -55,13 +55,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The elementwise function of that name. Raises ValueError that lists the names."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation={name} is unknown; set it to one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
 @functools.lru_cache(maxsize=32)
 def rope_table(length: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles of positions 0..length-1: two (length, dim/2) fp32 tensors. Memoised: the layers of a

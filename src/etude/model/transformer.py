@@ -1,6 +1,7 @@
 """The decoder that all language models here are: embedding, blocks of attention and feed-forward, norm, head."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class Transformer(nn.Module):
         dim: int,
         n_layers: int,
         max_len: int,
-        pos: str,
+        pos: Literal["rope", "learned", "sinusoidal"],
         tied: bool,
         dropout: float,
         init_std: float,
@@ -62,8 +63,6 @@ class Transformer(nn.Module):
         norm: Callable[[int], nn.Module],
     ):
         super().__init__()
-        if pos not in ("rope", "learned", "sinusoidal"):
-            raise ValueError(f"pos={pos} is unknown; set model.pos to one of rope, learned, sinusoidal")
         self.vocab_size, self.dim, self.n_layers = vocab_size, dim, n_layers
         self.max_len, self.pos, self.dropout = max_len, pos, dropout
         self.init_std, self.checkpoint = init_std, checkpoint
@@ -72,11 +71,17 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(attn(dim, i), ffn(dim, i), norm(dim), norm(dim)) for i in range(n_layers))
         self.norm = norm(dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
-        rotary = any(getattr(block.attn, "rope_theta", None) is not None for block in self.blocks)
-        if rotary and pos != "rope":
-            raise ValueError(f"pos={pos} and a rotary attention both place the tokens; set model.attn.rope_theta=null or model.pos=rope")
         if tied:
             self.head.weight = self.embed.weight
+
+    @staticmethod
+    def check(dim: int, n_layers: int, max_len: int, pos: str, attn: dict) -> None:
+        """Raises ValueError for settings that do not fit together; config.py runs it before torch is imported."""
+        for name, value in (("dim", dim), ("n_layers", n_layers), ("max_len", max_len)):
+            if value < 1:
+                raise ValueError(f"{name}={value} should be at least 1; set model.{name}")
+        if pos != "rope" and attn.get("rope_theta") is not None:
+            raise ValueError(f"pos={pos} and a rotary attention would both place the tokens; set model.attn.rope_theta=null or model.pos=rope")
 
     @property
     def position_limit(self) -> int | None:

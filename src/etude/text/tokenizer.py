@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
@@ -98,11 +99,9 @@ class Streamer:
 # ---------------------------------------------------------------- makers: each takes (training texts, all texts)
 
 
-def char(train: Sequence[str], corpus: Sequence[str], *, unknown: str) -> Tokenizer:
+def char(train: Sequence[str], corpus: Sequence[str], *, unknown: Literal["error", "unk"]) -> Tokenizer:
     """One token a character of the whole corpus, sorted, as nanoGPT's: 65 for tiny Shakespeare. `unknown` "error" makes
     other characters an error that names them, "unk" adds <unk> for them."""
-    if unknown not in ("error", "unk"):
-        raise Refusal(f"tokenizer.unknown={unknown} should be error or unk")
     characters = sorted(set().union(*(set(t) for t in corpus)))
     vocab = {c: i for i, c in enumerate(characters)}
     if unknown == "unk":
