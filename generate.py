@@ -1,9 +1,9 @@
 """Text from a trained model.
 
-    python generate.py ckpt=runs/<run> prompt="def "         one prompt, streamed
-    python generate.py ckpt=runs/<run> file=prompts.txt n=4  many, decoded together
-    echo "class A" | python generate.py ckpt=runs/<run>      from standard input
-    python generate.py ckpt=runs/<run>                       a session: type, read, type again"""
+python generate.py ckpt=runs/<run> prompt="def "         one prompt, streamed
+python generate.py ckpt=runs/<run> file=prompts.txt n=4  many, decoded together
+echo "class A" | python generate.py ckpt=runs/<run>      from standard input
+python generate.py ckpt=runs/<run>                       a session: type, read, type again"""
 
 from etude.config import main
 

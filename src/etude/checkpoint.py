@@ -31,11 +31,15 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy tensors into the parameters, by name. Raises Refusal if names or shapes differ."""
     parameters = dict(model.named_parameters())
     if wrong := sorted(parameters.keys() ^ tensors.keys()):
-        raise Refusal(f"the weights do not fit the model: {wrong[0]} is only in {'the model' if wrong[0] in parameters else 'the file'}")
+        raise Refusal(
+            f"the weights do not fit the model: {wrong[0]} is only in {'the model' if wrong[0] in parameters else 'the file'}"
+        )
     with torch.no_grad():
         for name, p in parameters.items():
             if p.shape != tensors[name].shape:
-                raise Refusal(f"the weights do not fit the model: {name} is {tuple(tensors[name].shape)} in the file and {tuple(p.shape)} in the model")
+                raise Refusal(
+                    f"the weights do not fit the model: {name} is {tuple(tensors[name].shape)} in the file and {tuple(p.shape)} in the model"
+                )
             p.copy_(tensors[name])
 
 
@@ -48,7 +52,9 @@ def materialize(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         source = first.setdefault(id(p), name)
         if source not in tensors or tensors[source].shape != p.shape:
             found = f"{tuple(tensors[source].shape)}" if source in tensors else "nothing"
-            raise Refusal(f"the weights do not fit the model: {source} should be {tuple(p.shape)}, the file has {found}")
+            raise Refusal(
+                f"the weights do not fit the model: {source} should be {tuple(p.shape)}, the file has {found}"
+            )
         parameter = made.setdefault(source, nn.Parameter(tensors[source]))
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, parameter)
@@ -58,10 +64,11 @@ def materialize(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as `<parameter>/<name>` tensors. Its groups' settings are the config's and not kept."""
-    names = {p: n for n, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
     return {
         f"{names[p]}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for p, state in optimizer.state.items() for key, value in state.items()
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
     }
 
 
@@ -106,7 +113,9 @@ def save(folder: Path, files: dict[str, dict[str, Tensor] | dict | str]) -> Path
         shutil.rmtree(making, ignore_errors=True)
         size = sum(t.nbytes for c in files.values() if isinstance(c, dict) for t in c.values() if isinstance(t, Tensor))
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise StorageFault(f"could not write {folder / name}: {why}; the checkpoint takes {size:,} bytes. The one before it is intact") from None
+        raise StorageFault(
+            f"could not write {folder / name}: {why}; the checkpoint takes {size:,} bytes. The one before it is intact"
+        ) from None
     return folder
 
 
@@ -148,7 +157,9 @@ def steps(checkpoints: Path) -> list[Path]:
     return sorted(p for p in checkpoints.glob("step_*") if p.is_dir() and not p.is_symlink())
 
 
-def newest(checkpoints: Path, warn: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=2)) -> Path | None:
+def newest(
+    checkpoints: Path, warn: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=2)
+) -> Path | None:
     """The newest whole checkpoint, None where there never was one. Damaged ones are skipped with one warning each that
     names file and reason. Raises Refusal if all are damaged: a run does not silently start afresh."""
     found = steps(checkpoints)

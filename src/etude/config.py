@@ -8,6 +8,7 @@ comes before the `*` and belongs to a `_partial_: true` node.
 """
 
 import __future__
+
 import ast
 import dataclasses
 import difflib
@@ -116,7 +117,19 @@ class Bench(Train):
 SCRIPTS: dict[str, type] = {"train": Train, "generate": Generate, "bench": Bench}
 
 # Values that are free text: quoted for Hydra's grammar on the way in, so that a prompt may hold any character.
-TEXT_KEYS = ("prompt", "ckpt", "file", "out", "resume", "compare", "compare_pattern", "data.path", "tokenizer.path", "runs_dir", "cache_dir")
+TEXT_KEYS = (
+    "prompt",
+    "ckpt",
+    "file",
+    "out",
+    "resume",
+    "compare",
+    "compare_pattern",
+    "data.path",
+    "tokenizer.path",
+    "runs_dir",
+    "cache_dir",
+)
 
 
 # ---------------------------------------------------------------- reading signatures without importing
@@ -173,7 +186,13 @@ def _find(module: str, name: str, depth: int = 0) -> tuple[ast.Module, ast.Class
             return tree, node
     for node in tree.body:  # imported from elsewhere, as torch.optim.AdamW is
         if isinstance(node, ast.ImportFrom) and node.module and any((a.asname or a.name) == name for a in node.names):
-            base = module if not node.level else module.rsplit(".", node.level - (_is_package(module)))[0] if node.level > _is_package(module) else module
+            base = (
+                module
+                if not node.level
+                else module.rsplit(".", node.level - (_is_package(module)))[0]
+                if node.level > _is_package(module)
+                else module
+            )
             origin = f"{base}.{node.module}" if node.level else node.module
             real = next(a.name for a in node.names if (a.asname or a.name) == name)
             return _find(origin, real, depth + 1)
@@ -263,7 +282,14 @@ def _fits(value: Any, node: ast.expr) -> bool:
 
 def _wanted(annotation: str) -> str:
     """An annotation in words."""
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null", "dict": "a mapping"}
+    words = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "text",
+        "None": "null",
+        "dict": "a mapping",
+    }
     said = []
     for part in re.split(r"\s*\|\s*", annotation):
         if m := re.fullmatch(r"(?:\w+\.)?Literal\[(.*)\]", part):
@@ -303,7 +329,9 @@ def check_targets(cfg: dict, trusted: list[str]) -> None:
     for path, node in nodes(cfg):
         target = node["_target_"]
         if not isinstance(target, str) or not any(target == t or target.startswith(t + ".") for t in trusted):
-            raise Refusal(f"{path}._target_={target} is outside trusted={_show(trusted)}; add its package: trusted={_show([*trusted, str(target).split('.')[0]])}")
+            raise Refusal(
+                f"{path}._target_={target} is outside trusted={_show(trusted)}; add its package: trusted={_show([*trusted, str(target).split('.')[0]])}"
+            )
         try:
             sig = signature(target)
         except Refusal as error:
@@ -348,7 +376,11 @@ def _check_method(target: str) -> Callable[..., None] | None:
     if found is None or not isinstance(found[1], ast.ClassDef):
         return None
     for item in found[1].body:
-        if isinstance(item, ast.FunctionDef) and item.name == "check" and [ast.unparse(d) for d in item.decorator_list] == ["staticmethod"]:
+        if (
+            isinstance(item, ast.FunctionDef)
+            and item.name == "check"
+            and [ast.unparse(d) for d in item.decorator_list] == ["staticmethod"]
+        ):
             item.decorator_list = []
             space: dict[str, Any] = {}
             exec(compile(ast.Module([item], []), module, "exec", flags=__future__.annotations.compiler_flag), space)
@@ -391,17 +423,41 @@ def check(cfg: Any, script: str) -> dict:
 def _check_train(cfg: dict) -> None:
     if all(cfg[k] is None for k in ("max_steps", "max_epochs", "max_tokens", "max_minutes")):
         raise Refusal("nothing says when to stop: set one of max_steps, max_epochs, max_tokens, max_minutes")
-    for key in ("batch_size", "micro_batch_size", "log_every", "eval_every", "eval_iters", "eval_batch_size", "save_every", "histogram_every",
-                "sample_every", "sample_tokens", "early_stopping", "threads", "max_steps", "max_epochs", "max_tokens", "max_minutes", "clip"):
+    for key in (
+        "batch_size",
+        "micro_batch_size",
+        "log_every",
+        "eval_every",
+        "eval_iters",
+        "eval_batch_size",
+        "save_every",
+        "histogram_every",
+        "sample_every",
+        "sample_tokens",
+        "early_stopping",
+        "threads",
+        "max_steps",
+        "max_epochs",
+        "max_tokens",
+        "max_minutes",
+        "clip",
+    ):
         if cfg[key] is not None and cfg[key] <= 0:
-            raise Refusal(f"{key}={cfg[key]} should be above 0" + (" (null: never)" if key.endswith("_every") and key != "log_every" else ""))
+            raise Refusal(
+                f"{key}={cfg[key]} should be above 0"
+                + (" (null: never)" if key.endswith("_every") and key != "log_every" else "")
+            )
     if cfg["keep"] < 2:
-        raise Refusal(f"keep={cfg['keep']} is too few: with under 2 checkpoints a damaged one leaves nothing to fall back to")
+        raise Refusal(
+            f"keep={cfg['keep']} is too few: with under 2 checkpoints a damaged one leaves nothing to fall back to"
+        )
     if not re.fullmatch(r"[\w.-]*", cfg["tag"]):
         raise Refusal(f"tag={cfg['tag']} becomes part of a folder's name: use letters, digits, '.', '_' and '-'")
     micro = cfg["micro_batch_size"]
     if micro is not None and cfg["batch_size"] % micro:
-        raise Refusal(f"batch_size={cfg['batch_size']} is not a multiple of micro_batch_size={micro}; set micro_batch_size to a divisor of it")
+        raise Refusal(
+            f"batch_size={cfg['batch_size']} is not a multiple of micro_batch_size={micro}; set micro_batch_size to a divisor of it"
+        )
 
 
 def _annotation(field_type: Any) -> str:
@@ -420,7 +476,11 @@ def _groups() -> list[str]:
 def _show(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(_show, value)) + "]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if isinstance(value, (type(None), bool)) else str(value)
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if isinstance(value, (type(None), bool))
+        else str(value)
+    )
 
 
 def build(node: dict, *args: Any) -> Any:
@@ -562,7 +622,11 @@ def _unknown_key(key: str, script: str) -> str:
     line = f"unknown key {key}{_did_you_mean(parts[0], [o for o in options if not o.startswith('_')], prefix)}"
     if path:
         group = CONF / "/".join(path)
-        others = sorted(p.stem for p in group.glob("*.yaml") if re.search(rf"^{re.escape(parts[0])}:", p.read_text(), re.M)) if group.is_dir() else []
+        others = (
+            sorted(p.stem for p in group.glob("*.yaml") if re.search(rf"^{re.escape(parts[0])}:", p.read_text(), re.M))
+            if group.is_dir()
+            else []
+        )
         if others:
             line += f" ({parts[0]} belongs to {' and '.join('/'.join(path) + '=' + o for o in others)})"
     return line
@@ -574,14 +638,16 @@ def check_all() -> list[str]:
     from hydra.errors import HydraException
 
     failures = []
-    choices = sorted(
-        (str(p.parent.relative_to(CONF)), p.stem) for p in CONF.rglob("*.yaml") if p.parent != CONF
-    )
-    jobs = [(script, []) for script in SCRIPTS] + [("train", [f"{group}={choice}"]) for group, choice in choices]
+    choices = sorted((str(p.parent.relative_to(CONF)), p.stem) for p in CONF.rglob("*.yaml") if p.parent != CONF)
+    jobs: list[tuple[str, list[str]]] = [(script, []) for script in SCRIPTS] + [
+        ("train", [f"{group}={choice}"]) for group, choice in choices
+    ]
     needs = {"text": ["data.path=x"], "file": ["tokenizer.path=x"]}  # what a choice cannot have a default for
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for script, overrides in jobs:
-            extra = ["ckpt=x"] if script == "generate" else needs.get(overrides[0].split("=")[1], []) if overrides else []
+            extra = (
+                ["ckpt=x"] if script == "generate" else needs.get(overrides[0].split("=")[1], []) if overrides else []
+            )
             try:
                 check(compose(script, overrides=overrides + extra), script)
             except (HydraException, Refusal) as error:

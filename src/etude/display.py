@@ -19,15 +19,23 @@ class Display:
 
     def start(self, step: int, steps: int | None) -> None:
         if self.mode == "bar":
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                       TextColumn("{task.fields[line]}"), TextColumn("ETA"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[line]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+            )
             self.bar = Progress(*columns, console=self.console, transient=True)
             self.task = self.bar.add_task("training", total=steps or 1, completed=step, line="")
             self.bar.start()
 
     def update(self, step: int, steps: int | None, values: dict[str, Any], logged: bool) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, total=steps or step, **({"line": line(values)} if logged else {}))
+            self.bar.update(self.task, completed=step, total=steps or step)
+            if logged:
+                self.bar.update(self.task, line=line(values))
         elif self.mode == "lines" and logged:
             print(f"step {step}/{steps or '?'}  {line(values)}", flush=True)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from etude.data.loader import Batch, Batches
 from etude.display import Display
@@ -73,7 +73,7 @@ def fit(
     status: Status,
     display: Display,
     save: Callable[[bool], None],
-    sample: Callable[[int], None],
+    sample: Callable[[int], Any],
     evaluate: Callable[[bool], dict[str, float]],
     precision: str,
     peak_flops: float | None,
@@ -82,11 +82,11 @@ def fit(
     """Train from progress.step until a limit; -> why it ended. `settings` are train.py's root keys; `model` is wrapped
     by `parallel`; save(best) writes a checkpoint of `progress`; evaluate(True) is the whole validation split's. Raises
     Interrupted (after saving), NonFinite."""
-    seed, size = settings["seed"], settings["batch_size"]
-    bare = model.module if hasattr(model, "module") else model
+    size = settings["batch_size"]
+    bare: Any = getattr(model, "module", model)
     flops_per_token = bare.flops_per_token(batches.data.seq_len)
     steps_per_epoch = batches.epoch_samples / size
-    limit, steps = horizon(settings, batches), None
+    limit = horizon(settings, batches)
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
     if world.size > 1:
         warm_up(model, strategy, ref, batches, progress.step, autocast)
@@ -99,32 +99,33 @@ def fit(
             steps = limit or estimate_steps(step, progress.seconds, settings["max_minutes"])
             collected = [strategy.collect(model, b) for b in next(stream, [])]
             wanted = float(signals.name is not None)
-            out_of_time = float(settings["max_minutes"] is not None and progress.seconds >= 60 * settings["max_minutes"])
+            out_of_time = float(
+                settings["max_minutes"] is not None and progress.seconds >= 60 * settings["max_minutes"]
+            )
             weight, wanted, out_of_time = world.sum([float(sum(map(strategy.weight, collected))), wanted, out_of_time])
             if wanted:
                 save(False)
-                raise Interrupted(f"stopped by {signals.name or 'a signal to another rank'} after step {step}; go on with: python train.py resume={folder}")
+                raise Interrupted(
+                    f"stopped by {signals.name or 'a signal to another rank'} after step {step}; go on with: python train.py resume={folder}"
+                )
             set_lr(optimizer, factor := schedule(step, steps, steps_per_epoch))
             done = step + 1
             last = "time limit" if out_of_time else "all steps done" if done == limit else ""
             logging = done == 1 or due(done, settings["log_every"]) or bool(last)
-            sums: list[dict] = []
-            for i, batch in enumerate(collected):
-                torch.manual_seed(key(seed, "forward", step, world.rank * len(collected) + i))
-                with parallel.sync_gradients(model, last=i == len(collected) - 1):
-                    with autocast:
-                        loss, metrics = strategy.loss(model, ref, batch)
-                    (loss * (world.size / max(weight, 1.0))).backward()
-                sums.append(metrics)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings["clip"] or math.inf)
+            sums, norm = gradients(model, ref, strategy, collected, weight, settings, step, parallel, world, autocast)
             if not math.isfinite(norm):
                 dump(folder, world, step, batches, collected)
                 if settings["on_nonfinite"] == "stop":
-                    raise NonFinite(f"the gradient of step {step} is {norm.item()}: no update was made. Lower optimizer.lr, or on_nonfinite=skip; the batch is in {folder}/logs")
+                    raise NonFinite(
+                        f"the gradient of step {step} is {norm.item()}: no update was made. Lower optimizer.lr, or on_nonfinite=skip; the batch is in {folder}/logs"
+                    )
                 progress.skipped += 1
                 optimizer.zero_grad()
             histograms = due(done, settings["histogram_every"]) and [
-                (f"{what}/{name}", t) for name, p in bare.named_parameters() for what, t in (("params", p), ("grads", p.grad)) if t is not None
+                (f"{what}/{name}", t)
+                for name, p in bare.named_parameters()
+                for what, t in (("params", p), ("grads", p.grad))
+                if t is not None
             ]
             if histograms and world.rank == 0:
                 tracker.histograms(done, histograms)
@@ -138,8 +139,15 @@ def fit(
                 now = time.perf_counter()
                 rate = (done - last_log[1]) * size * batches.data.seq_len / (now - last_log[0])
                 last_log = now, done
-                values |= {"lr": optimizer.param_groups[0]["lr"], "lr_factor": factor, "grad_norm": norm.item(), "tokens": progress.tokens,
-                           "epoch": done / steps_per_epoch, "batch": batch_hash(collected, world), "perf/tokens_per_s": rate}
+                values |= {
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "lr_factor": factor,
+                    "grad_norm": norm.item(),
+                    "tokens": progress.tokens,
+                    "epoch": done / steps_per_epoch,
+                    "batch": batch_hash(collected, world),
+                    "perf/tokens_per_s": rate,
+                }
                 if progress.skipped:
                     values["skipped"] = progress.skipped
                 if peak_flops:
@@ -171,6 +179,36 @@ def fit(
                 last_log = time.perf_counter(), done  # the pace is that of training alone
             if last:
                 return last
+
+
+def gradients(
+    model: nn.Module,
+    ref: nn.Module | None,
+    strategy: Any,
+    collected: list[Batch],
+    weight: float,
+    settings: dict,
+    step: int,
+    parallel: Any,
+    world: World,
+    autocast: Any,
+    lap: Callable[[str], None] = lambda part: None,
+) -> tuple[list[dict], Tensor]:
+    """Forward and backward of a step's micro-batches, summed over the ranks and divided by the step's global `weight`,
+    then clipped. -> (metrics of each micro-batch, norm before clipping). `lap` is called after each part (bench.py)."""
+    sums: list[dict] = []
+    for i, batch in enumerate(collected):
+        torch.manual_seed(key(settings["seed"], "forward", step, world.rank * len(collected) + i))
+        with parallel.sync_gradients(model, last=i == len(collected) - 1):
+            with autocast:
+                loss, metrics = strategy.loss(model, ref, batch)
+            lap("forward")
+            (loss * (world.size / max(weight, 1.0))).backward()
+            lap("backward")
+        sums.append(metrics)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), settings["clip"] or math.inf)
+    lap("clip")
+    return sums, norm
 
 
 def estimate_steps(step: int, seconds: float, minutes: float | None) -> int:
@@ -214,7 +252,9 @@ def dump(folder: Path, world: World, step: int, batches: Batches, collected: lis
 
 
 @torch.no_grad()
-def validate(model: nn.Module, strategy: Any, ref: nn.Module | None, batches: Iterable[Batch], autocast: Any, world: World) -> dict[str, float]:
+def validate(
+    model: nn.Module, strategy: Any, ref: nn.Module | None, batches: Iterable[Batch], autocast: Any, world: World
+) -> dict[str, float]:
     """Means of the strategy's metrics over `batches`, dropout off, shared over the ranks. Training's random numbers are
     keyed by step, so nothing here can touch them."""
     training = model.training

@@ -91,13 +91,22 @@ class DDP:
         The children end with this process, however it ends."""
         if "RANK" in os.environ:
             return work(*args)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         context = multiprocessing.get_context("spawn")
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(self.nproc), "LOCAL_WORLD_SIZE": str(self.nproc)}
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(self.nproc),
+            "LOCAL_WORLD_SIZE": str(self.nproc),
+        }
         children = [
-            context.Process(target=_child, args=(os.getpid(), shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, work, args), name=f"rank {r}")
+            context.Process(
+                target=_child,
+                args=(os.getpid(), shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, work, args),
+                name=f"rank {r}",
+            )
             for r in range(self.nproc)
         ]
         for child in children:
@@ -136,7 +145,9 @@ class DDP:
     def wrap(self, model: Any, world: World) -> Any:
         from torch.nn.parallel import DistributedDataParallel
 
-        return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
 
     def sync_gradients(self, model: Any, last: bool) -> Any:
         return contextlib.nullcontext() if last else model.no_sync()
@@ -160,7 +171,10 @@ def _wait(children: list, grace: float = 15.0) -> int:
         if bad and deadline is None:
             deadline = time.monotonic() + grace
             if bad[0].exitcode < 0:
-                print(f"error: {bad[0].name} was killed by signal {signal.Signals(-bad[0].exitcode).name}; stopping the others", file=sys.stderr)
+                print(
+                    f"error: {bad[0].name} was killed by signal {signal.Signals(-bad[0].exitcode).name}; stopping the others",
+                    file=sys.stderr,
+                )
                 deadline = time.monotonic() + 2
         if deadline and time.monotonic() > deadline:
             for c in children:
@@ -223,7 +237,17 @@ def cpu_flag(name: str) -> bool:
     return bool(getattr(torch.cpu, name, lambda: False)())
 
 
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "L4": 121, "A10": 125, "4090": 165, "3090": 71}
+PEAK_TFLOPS = {
+    "A100": 312,
+    "H100": 989,
+    "H200": 989,
+    "B200": 2250,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+    "4090": 165,
+    "3090": 71,
+}
 
 
 def peak_flops(device: Any) -> float | None:

@@ -48,7 +48,9 @@ def _claim(parent: Path, name: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise StorageFault(f"could not make {folder}: {error.strerror}; choose another place with runs_dir=FOLDER") from None
+            raise StorageFault(
+                f"could not make {folder}: {error.strerror}; choose another place with runs_dir=FOLDER"
+            ) from None
         for sub in ("artifacts/checkpoints", "logs", "meta"):
             (folder / sub).mkdir(parents=True)
         return folder
@@ -63,7 +65,9 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise Refusal(f"{folder} is being written by process {lock.read().strip() or '?'}; wait for it or stop it") from None
+            raise Refusal(
+                f"{folder} is being written by process {lock.read().strip() or '?'}; wait for it or stop it"
+            ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -94,18 +98,28 @@ def write_metadata(folder: Path, config: dict, overrides: list[str], data: dict,
     (meta / "config.yaml").write_text(yaml.safe_dump(clean, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (meta / "full_config.json").write_text(json.dumps(clean, indent=1))
     (meta / "overrides").write_text("".join(o + "\n" for o in overrides), encoding="utf-8")
-    (meta / "command").write_text(shlex.join(["python", sys.argv[0], *map(redact_override, sys.argv[1:])]) + "\n", encoding="utf-8")
+    (meta / "command").write_text(
+        shlex.join(["python", sys.argv[0], *map(redact_override, sys.argv[1:])]) + "\n", encoding="utf-8"
+    )
     (meta / "data.json").write_text(json.dumps(data, indent=1))
     git, diff = _git()
     (meta / "git.txt").write_text(git)
     (meta / "diff.patch").write_text(diff)
     lines = {
-        "python": sys.version.split()[0], "platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count(), "device": device,
-        "host": platform.node(), "folder": os.getcwd(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "device": device,
+        "host": platform.node(),
+        "folder": os.getcwd(),
     }
     lines |= {k: os.environ[k] for k in ENVIRONMENT if k in os.environ}
     (meta / "env.txt").write_text("".join(f"{k}={v}\n" for k, v in lines.items()))
-    packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.metadata["Name"]}, key=str.lower)
+    packages = sorted(
+        {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.metadata["Name"]},
+        key=str.lower,
+    )
     (meta / "packages.txt").write_text("\n".join(packages) + "\n")
 
 
@@ -120,7 +134,11 @@ def note_resume(folder: Path, config: dict, overrides: list[str], step: int) -> 
 
 def _processor() -> str:
     try:
-        return next(line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor()
 
@@ -130,7 +148,9 @@ def _git() -> tuple[str, str]:
     here = Path(__file__).resolve().parent
 
     def ask(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=20, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
 
     try:
         facts = {"commit": ask("rev-parse", "HEAD"), "branch": ask("rev-parse", "--abbrev-ref", "HEAD")}
@@ -170,7 +190,10 @@ class Status:
 
     def summarize(self, lines: list[str]) -> None:
         head = f"{self.path.parent.name}: {self.fields['status']}"
-        replace(self.summary, "\n".join([head, *lines, *([self.fields["error"]] if self.fields.get("error") else [])]) + "\n")
+        replace(
+            self.summary,
+            "\n".join([head, *lines, *([self.fields["error"]] if self.fields.get("error") else [])]) + "\n",
+        )
 
 
 def replace(path: Path, text: str) -> None:
@@ -195,7 +218,9 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as dotted keys."""
     if not isinstance(config, dict) or not config:
         return {prefix: config}
-    return {k: v for key, value in config.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {
+        k: v for key, value in config.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
 
 
 def resumed_config(folder: Path, config: dict, overrides: list[str], may_change: list[str]) -> dict:
@@ -222,5 +247,7 @@ def resumed_config(folder: Path, config: dict, overrides: list[str], may_change:
     refused = sorted(k for k in changed if not any(k == a or k.startswith(a + ".") for a in allowed))
     if refused:
         difference = ", ".join(f"{k}: {old_flat.get(k)} -> {new_flat.get(k)}" for k in refused[:5])
-        raise Refusal(f"this would not be the same run ({difference}); leave that out, or start a new run. Resuming may change: {' '.join(may_change)}")
+        raise Refusal(
+            f"this would not be the same run ({difference}); leave that out, or start a new run. Resuming may change: {' '.join(may_change)}"
+        )
     return new

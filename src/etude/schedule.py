@@ -30,7 +30,9 @@ def cosine(step: int, steps: int, steps_per_epoch: float, *, warmup: int, min_ra
     return _warm(step, warmup) or _cosine(_progress(step, steps, warmup), min_rate)
 
 
-def sgdr(step: int, steps: int, steps_per_epoch: float, *, warmup: int, cycle: int, t_mult: float, min_rate: float) -> float:
+def sgdr(
+    step: int, steps: int, steps_per_epoch: float, *, warmup: int, cycle: int, t_mult: float, min_rate: float
+) -> float:
     """Cosines with restarts (Loshchilov & Hutter 2017): the first lasts `cycle` steps, each next one t_mult times as
     many."""
     if (warm := _warm(step, warmup)) is not None:

@@ -76,7 +76,9 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise RuntimeError("tensorboard is not installed: pip install tensorboard, or use tracker=jsonl") from None
-        self.writer = SummaryWriter(str(folder / "logs" / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self.writer = SummaryWriter(
+            str(folder / "logs" / "tensorboard"), purge_step=start_step + 1 if start_step else None
+        )
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

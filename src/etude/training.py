@@ -67,7 +67,9 @@ def work(cfg: dict, overrides: list[str], data: TextData, prepared: Prepared, jo
     return conf.guard(lambda: _work(cfg, overrides, data, prepared, job, parallel))
 
 
-def _work(cfg: dict, overrides: list[str], data: TextData, prepared: Prepared, job: tuple[str, int, str] | None, parallel: Any) -> int:
+def _work(
+    cfg: dict, overrides: list[str], data: TextData, prepared: Prepared, job: tuple[str, int, str] | None, parallel: Any
+) -> int:
     with parallel.world(cfg["threads"]) as world, contextlib.ExitStack() as stack:
         session = Session(cfg, data, prepared, parallel, world)
         folder = world.broadcast(str(session.claim(job)) if world.rank == 0 else None)
@@ -100,7 +102,9 @@ class Session:
         self.model = conf.build(cfg["model"], self.tokenizer.vocab_size)
         limit = self.model.position_limit
         if limit is not None and data.seq_len > limit:
-            raise Refusal(f"data.seq_len={data.seq_len} is longer than the model's {limit} positions; set data.seq_len or model.max_len")
+            raise Refusal(
+                f"data.seq_len={data.seq_len} is longer than the model's {limit} positions; set data.seq_len or model.max_len"
+            )
         torch.manual_seed(key(cfg["seed"], "init"))
         self.model.init_weights()
         self.model.to(self.device)
@@ -109,13 +113,26 @@ class Session:
         self.progress = Progress()
         size = cfg["batch_size"]
         if size % world.size:
-            raise Refusal(f"batch_size={size} does not divide over {world.size} processes; set batch_size to a multiple of {world.size}")
+            raise Refusal(
+                f"batch_size={size} does not divide over {world.size} processes; set batch_size to a multiple of {world.size}"
+            )
         micro = cfg["micro_batch_size"] or size // world.size
         if (size // world.size) % micro:
-            raise Refusal(f"batch_size={size} over {world.size} processes is not a multiple of micro_batch_size={micro}; set micro_batch_size to a divisor of {size // world.size}")
-        self.batches = Batches(data, prepared, {
-            "seed": cfg["seed"], "batch_size": size, "micro_batch_size": micro, "rank": world.rank, "world_size": world.size,
-        }, self.device)
+            raise Refusal(
+                f"batch_size={size} over {world.size} processes is not a multiple of micro_batch_size={micro}; set micro_batch_size to a divisor of {size // world.size}"
+            )
+        self.batches = Batches(
+            data,
+            prepared,
+            {
+                "seed": cfg["seed"],
+                "batch_size": size,
+                "micro_batch_size": micro,
+                "rank": world.rank,
+                "world_size": world.size,
+            },
+            self.device,
+        )
         self.folder = Path()
         self.whole: set[Path] = set()  # checkpoints verified in this process
 
@@ -140,7 +157,9 @@ class Session:
             found = self._validate(self.batches.whole("val", size), "val")
             return {f"val/full_{k}" if whole else f"val/{k}": v for k, v in found.items()}
         found = {f"val/{k}": v for k, v in self._validate(self.batches.fixed("val", n, size), "val").items()}
-        return found | {f"train/eval_{k}": v for k, v in self._validate(self.batches.fixed("train", n, size), "train").items()}
+        return found | {
+            f"train/eval_{k}": v for k, v in self._validate(self.batches.fixed("train", n, size), "train").items()
+        }
 
     @property
     def eval_batch_size(self) -> int:
@@ -163,7 +182,13 @@ class Session:
         if self.world.rank != 0 or not self.cfg["sample_prompts"]:
             return []
         self.model.eval()
-        rows = complete(self.model, self.tokenizer, self.cfg["sample_prompts"], Sampling(temperature=0.8, top_k=50, seed=self.cfg["seed"]), self.cfg["sample_tokens"])
+        rows = complete(
+            self.model,
+            self.tokenizer,
+            self.cfg["sample_prompts"],
+            Sampling(temperature=0.8, top_k=50, seed=self.cfg["seed"]),
+            self.cfg["sample_tokens"],
+        )
         self.model.train()
         pairs = [(p, r.text) for p, r in zip(self.cfg["sample_prompts"], rows)]
         for i, (prompt, text) in enumerate(pairs):
@@ -175,13 +200,16 @@ class Session:
         from etude import checkpoint
 
         if self.world.rank == 0:
-            folder = checkpoint.save(self.checkpoints / f"step_{self.progress.step:08d}", {
-                "model.safetensors": checkpoint.model_tensors(self.model),
-                "optimizer.safetensors": checkpoint.optimizer_tensors(self.model, self.optimizer),
-                "state.json": self.state(),
-                "config.json": self.model_config(),
-                "tokenizer.json": self.tokenizer.to_json(),
-            })
+            folder = checkpoint.save(
+                self.checkpoints / f"step_{self.progress.step:08d}",
+                {
+                    "model.safetensors": checkpoint.model_tensors(self.model),
+                    "optimizer.safetensors": checkpoint.optimizer_tensors(self.model, self.optimizer),
+                    "state.json": self.state(),
+                    "config.json": self.model_config(),
+                    "tokenizer.json": self.tokenizer.to_json(),
+                },
+            )
             self.whole.add(folder)
             checkpoint.point(self.checkpoints, "last", folder)
             if best:
@@ -201,15 +229,26 @@ class Session:
             "progress": dataclasses.asdict(self.progress),
             "sampler": self.batches.sampler.state_dict(),
             "rng": {
-                "python": random.getstate(), "numpy": [s if not isinstance(s, np.ndarray) else s.tolist() for s in np.random.get_state()],
+                "python": random.getstate(),
+                "numpy": [s if not isinstance(s, np.ndarray) else s.tolist() for s in np.random.get_state()],
                 "torch": pack(torch.get_rng_state().numpy().tobytes()),
             },
-            "world_size": self.world.size, "threads": torch.get_num_threads(), "precision": self.precision,
-            "data_sha256": self.prepared.meta["sha256"], "tokenizer_sha256": self.prepared.meta["tokenizer_sha256"], "time": time.time(),
+            "world_size": self.world.size,
+            "threads": torch.get_num_threads(),
+            "precision": self.precision,
+            "data_sha256": self.prepared.meta["sha256"],
+            "tokenizer_sha256": self.prepared.meta["tokenizer_sha256"],
+            "time": time.time(),
         }
 
     def model_config(self) -> dict:
-        return {"format": 1, "step": self.progress.step, "vocab_size": self.tokenizer.vocab_size, "model": self.cfg["model"], "seq_len": self.data.seq_len}
+        return {
+            "format": 1,
+            "step": self.progress.step,
+            "vocab_size": self.tokenizer.vocab_size,
+            "model": self.cfg["model"],
+            "seq_len": self.data.seq_len,
+        }
 
     # ------------------------------------------------------------ from start to end
 
@@ -229,7 +268,9 @@ class Session:
         for name in ("data_sha256", "tokenizer_sha256"):
             if state[name] != self.prepared.meta[name.replace("data_", "")]:
                 what = name.removesuffix("_sha256")
-                raise Refusal(f"the {what} is not what this run was trained on (sha256 {state[name][:12]} then, {self.prepared.meta[name.replace('data_', '')][:12]} now)")
+                raise Refusal(
+                    f"the {what} is not what this run was trained on (sha256 {state[name][:12]} then, {self.prepared.meta[name.replace('data_', '')][:12]} now)"
+                )
         checkpoint.load_model(self.model, checkpoint.tensors(folder, "model"))
         checkpoint.load_optimizer(self.model, self.optimizer, checkpoint.tensors(folder, "optimizer"))
         for name, value in state["progress"].items():
@@ -259,7 +300,10 @@ class Session:
         now = {"world_size": self.world.size, "threads": torch.get_num_threads(), "precision": self.precision}
         for name, value in now.items():
             if state[name] != value and self.world.rank == 0:
-                print(f"warning: {name} was {state[name]} and is {value}: the run goes on, but not bit for bit as it would have", file=sys.stderr)
+                print(
+                    f"warning: {name} was {state[name]} and is {value}: the run goes on, but not bit for bit as it would have",
+                    file=sys.stderr,
+                )
 
     def run(self, overrides: list[str]) -> int:
         """Train to the end, evaluate, export and say what to type next. -> exit code."""
@@ -273,9 +317,11 @@ class Session:
         display = Display(cfg["progress"], main)
         limit = horizon(cfg, self.batches)
         if limit is not None and self.progress.step >= limit:
-            display.say(f"{self.folder} is complete: {self.progress.step} steps. To train on: python train.py resume={self.folder} max_steps={2 * self.progress.step}")
+            display.say(
+                f"{self.folder} is complete: {self.progress.step} steps. To train on: python train.py resume={self.folder} max_steps={2 * self.progress.step}"
+            )
             return 0
-        self.tracker = Trackers(Jsonl(), {name: conf.build(node) for name, node in cfg["tracker"].items()}) if main else None
+        self.tracker = Trackers(Jsonl(), {name: conf.build(node) for name, node in cfg["tracker"].items()})
         status = runs.Status(self.folder)
         if main:
             if cfg["resume"] is None:
@@ -291,9 +337,24 @@ class Session:
         model = self.parallel.wrap(self.model, self.world)
         try:
             reason = fit(
-                settings=cfg, model=model, ref=None, strategy=self.strategy, optimizer=self.optimizer, schedule=conf.build(cfg["scheduler"]),
-                batches=self.batches, parallel=self.parallel, world=self.world, progress=self.progress, tracker=self.tracker, status=status,
-                display=display, save=self.save, sample=self.sample, evaluate=self.evaluate, precision=self.precision, peak_flops=self.peak_flops,
+                settings=cfg,
+                model=model,
+                ref=None,
+                strategy=self.strategy,
+                optimizer=self.optimizer,
+                schedule=conf.build(cfg["scheduler"]),
+                batches=self.batches,
+                parallel=self.parallel,
+                world=self.world,
+                progress=self.progress,
+                tracker=self.tracker,
+                status=status,
+                display=display,
+                save=self.save,
+                sample=self.sample,
+                evaluate=self.evaluate,
+                precision=self.precision,
+                peak_flops=self.peak_flops,
                 folder=self.folder,
             )
             if main:
@@ -324,11 +385,14 @@ class Session:
 
         best = self.checkpoints / "best"
         source = best if best.exists() else self.checkpoints / "last"
-        checkpoint.save(self.folder / "artifacts" / "export", {
-            "model.safetensors": checkpoint.tensors(source, "model"),
-            "config.json": json.loads((source / "config.json").read_text()),
-            "tokenizer.json": (source / "tokenizer.json").read_text(encoding="utf-8"),
-        })
+        checkpoint.save(
+            self.folder / "artifacts" / "export",
+            {
+                "model.safetensors": checkpoint.tensors(source, "model"),
+                "config.json": json.loads((source / "config.json").read_text()),
+                "tokenizer.json": (source / "tokenizer.json").read_text(encoding="utf-8"),
+            },
+        )
 
     def start_summary(self, limit: int | None) -> str:
         from etude.display import count
@@ -338,13 +402,20 @@ class Session:
         flops = self.model.flops_per_token(seq)
         rows = self.batches.sampler.micro_batch_size * seq
         memory = memory_estimate(self.model, rows, self.precision)
-        total = f"{limit:,} steps, {count(limit * size * seq)} tokens" if limit else f"{self.cfg['max_minutes']} minutes"
-        accumulation = f" ({self.batches.micro_batches} micro-batches of {self.batches.sampler.micro_batch_size})" if self.batches.micro_batches > 1 else ""
+        total = (
+            f"{limit:,} steps, {count(limit * size * seq)} tokens" if limit else f"{self.cfg['max_minutes']} minutes"
+        )
+        accumulation = (
+            f" ({self.batches.micro_batches} micro-batches of {self.batches.sampler.micro_batch_size})"
+            if self.batches.micro_batches > 1
+            else ""
+        )
         lines = [
             f"run      {self.folder}" + (f", from step {self.progress.step}" if self.progress.step else ""),
             f"model    {n:,} parameters, {count(flops)}FLOP a token, about {memory / 2**20:,.0f} MiB to train",
             f"data     {meta['files']} file{'s' * (meta['files'] > 1)} of {meta['source']}: {count(meta['train_tokens'])} + {count(meta['val_tokens'])} tokens of {meta['vocab_size']:,} kinds",
-            f"train    {total}, {size} x {seq} tokens a step{accumulation}, {self.device.type} {self.precision}" + (f", {self.world.size} processes" if self.world.size > 1 else ""),
+            f"train    {total}, {size} x {seq} tokens a step{accumulation}, {self.device.type} {self.precision}"
+            + (f", {self.world.size} processes" if self.world.size > 1 else ""),
             f"baseline a bigram model's validation loss is {meta['bigram_loss']:.3f}",
         ]
         return "\n".join(lines)
@@ -358,7 +429,9 @@ class Session:
             f"a bigram model's is {self.prepared.meta['bigram_loss']:.3f}",
         ]
         if self.progress.best_step:
-            lines.append(f"best     step {self.progress.best_step}, validation {self.progress.best_loss:.4f} over the same {self.cfg['eval_iters'] or 'whole'} batches each time")
+            lines.append(
+                f"best     step {self.progress.best_step}, validation {self.progress.best_loss:.4f} over the same {self.cfg['eval_iters'] or 'whole'} batches each time"
+            )
         pairs = self.sample(self.progress.step)
         for prompt, text in pairs:
             lines += ["", f"--- sample after {prompt!r}", prompt + text]

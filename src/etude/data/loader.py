@@ -1,6 +1,6 @@
 """From ids on disk to batches on the device."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -28,10 +28,11 @@ class Windows(Dataset):
         """-> tokens (B, T) and targets (B, T); with `eos` also doc_ids (B, T), which count the end tokens before."""
         T = self.seq_len
         rows = np.stack([self.ids[i * self.stride : i * self.stride + T + 1] for i in indices]).astype(np.int64)
-        return self._batch(torch.from_numpy(rows), None)
+        tokens = torch.from_numpy(rows)
+        return self._batch(tokens[:, :-1], tokens[:, 1:])
 
-    def _batch(self, rows: Tensor, targets: Tensor | None) -> Batch:
-        batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:] if targets is None else targets}
+    def _batch(self, tokens: Tensor, targets: Tensor) -> Batch:
+        batch = {"tokens": tokens, "targets": targets}
         if self.eos is not None:
             ended = batch["tokens"] == self.eos
             batch["doc_ids"] = ended.cumsum(1) - ended.long()
@@ -45,13 +46,13 @@ class Windows(Dataset):
         starts = np.arange(0, n, T)
         for i in range(0, len(starts), batch_size):
             group = starts[i : i + batch_size]
-            rows = np.zeros((len(group), T + 1), dtype=np.int64)
+            tokens = np.zeros((len(group), T), dtype=np.int64)
             targets = np.full((len(group), T), -100, dtype=np.int64)
-            for row, target, start in zip(rows, targets, group):
+            for row, target, start in zip(tokens, targets, group):
                 piece = self.ids[start : start + T + 1]
-                row[: len(piece)] = piece
+                row[: len(piece) - 1] = piece[:-1]
                 target[: len(piece) - 1] = piece[1:]
-            yield self._batch(torch.from_numpy(rows), torch.from_numpy(targets))
+            yield self._batch(torch.from_numpy(tokens), torch.from_numpy(targets))
 
 
 class Batches:
@@ -61,7 +62,9 @@ class Batches:
         self.data, self.prepared, self.device = data, prepared, device
         self.eos: int | None = prepared.meta["eos"] if data.isolate_documents else None
         self.train = Windows(prepared, "train", data.seq_len, data.step_between, self.eos)
-        self.sampler = ResumableDistributedSampler(len(self.train), order=data.order, drop_last=data.drop_last, **sampler_settings)
+        self.sampler = ResumableDistributedSampler(
+            len(self.train), order=data.order, drop_last=data.drop_last, **sampler_settings
+        )
         self.micro_batches = self.sampler.batch_size // self.sampler.world_size // self.sampler.micro_batch_size
 
     @property
@@ -69,7 +72,7 @@ class Batches:
         """Samples after which as many tokens were seen as the training split has."""
         return len(self.train.ids) // self.data.seq_len if self.data.order == "random" else self.sampler.epoch_size
 
-    def steps(self, start: int, stop: int | None) -> Iterator[list[Batch]]:
+    def steps(self, start: int, stop: int | None) -> Generator[list[Batch], None, None]:
         """The micro-batches of step `start`, of the next, ... on the device. Read ahead by the loader's workers."""
         self.sampler.step, self.sampler.stop = start, stop
         loader = DataLoader(
@@ -77,7 +80,7 @@ class Batches:
             batch_sampler=self.sampler,  # type: ignore[arg-type]
             num_workers=self.data.workers,
             prefetch_factor=self.data.prefetch if self.data.workers else None,
-            collate_fn=_identity,
+            collate_fn=_identity,  # type: ignore[arg-type]
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else the loader would draw its own seed from the global generator
             multiprocessing_context="fork" if self.data.workers and self.device.type == "cpu" else None,

@@ -34,7 +34,16 @@ class ResumableDistributedSampler:
     `iter` (batches into it) are derived from it."""
 
     def __init__(
-        self, n: int, *, seed: int, order: str, batch_size: int, micro_batch_size: int, rank: int, world_size: int, drop_last: bool
+        self,
+        n: int,
+        *,
+        seed: int,
+        order: str,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        drop_last: bool,
     ):
         self.n, self.seed, self.order = n, seed, order
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
@@ -51,7 +60,14 @@ class ResumableDistributedSampler:
         return self.step * self.batch_size % self.epoch_size // self.batch_size
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "epoch": self.epoch, "iter": self.iter, "seed": self.seed, "n": self.n, "order": self.order}
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "iter": self.iter,
+            "seed": self.seed,
+            "n": self.n,
+            "order": self.order,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on at the state's step. Raises ValueError if the state is of another order of samples."""

@@ -49,7 +49,9 @@ class TextData:
         if self.seq_len < 1 or (self.stride is not None and self.stride < 1):
             raise Refusal(f"data.seq_len={self.seq_len} and data.stride={self.stride} should be at least 1")
         if self.workers < 0 or self.prefetch < 1:
-            raise Refusal(f"data.workers={self.workers} should be 0 or more and data.prefetch={self.prefetch} at least 1")
+            raise Refusal(
+                f"data.workers={self.workers} should be 0 or more and data.prefetch={self.prefetch} at least 1"
+            )
 
     @property
     def step_between(self) -> int:
@@ -65,10 +67,22 @@ class Stdlib(TextData):
 
     def files(self, cache: Path) -> tuple[Path, list[str]]:
         root = Path(sysconfig.get_path("stdlib"))
-        left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_vendor", "_bundled", "__pycache__"}
+        left_out = {
+            "test",
+            "tests",
+            "idle_test",
+            "site-packages",
+            "dist-packages",
+            "_vendor",
+            "_bundled",
+            "__pycache__",
+        }
         names = [
-            p.relative_to(root).as_posix() for p in root.rglob("*.py")
-            if not left_out & set(p.relative_to(root).parts) and not p.name.startswith("_sysconfigdata") and p.stat().st_size
+            p.relative_to(root).as_posix()
+            for p in root.rglob("*.py")
+            if not left_out & set(p.relative_to(root).parts)
+            and not p.name.startswith("_sysconfigdata")
+            and p.stat().st_size
         ]
         if not names:
             raise Refusal(f"no standard library source under {root}; use data=text data.path=<file, folder or glob>")
@@ -98,7 +112,9 @@ class Shakespeare(TextData):
                     f"with data.path=FILE (from {self.url})"
                 ) from None
             if (got := hashlib.sha256(text).hexdigest()) != self.sha256:
-                raise Refusal(f"the download of tiny Shakespeare has sha256 {got} instead of {self.sha256}; give a good copy with data.path=FILE")
+                raise Refusal(
+                    f"the download of tiny Shakespeare has sha256 {got} instead of {self.sha256}; give a good copy with data.path=FILE"
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
             _write(target, text)
         return target.parent, [target.name]
@@ -113,7 +129,11 @@ class Text(TextData):
     def files(self, cache: Path) -> tuple[Path, list[str]]:
         path = Path(self.path).expanduser()
         if path.is_dir():
-            found = [p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            found = [
+                p
+                for p in path.rglob("*")
+                if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
+            ]
             names = [p.relative_to(path).as_posix() for p in found if p.stat().st_size and _looks_like_text(p)]
             if not names:
                 raise Refusal(f"data.path={self.path} is a folder without text files")
@@ -161,7 +181,9 @@ class Prepared:
         return np.memmap(self.folder / f"{split}.bin", dtype=self.meta["dtype"], mode="r")
 
 
-def prepare(data: TextData, make_tokenizer: Callable[..., tok.Tokenizer], tokenizer_key: str, cache_dir: str) -> Prepared:
+def prepare(
+    data: TextData, make_tokenizer: Callable[..., tok.Tokenizer], tokenizer_key: str, cache_dir: str
+) -> Prepared:
     """The corpus as ids, from the cache where it holds them. `make_tokenizer(train, corpus)` is called only when it does
     not; `tokenizer_key` must tell apart tokenizers that differ. Raises Refusal for unusable data, StorageFault for an
     unusable cache."""
@@ -173,16 +195,29 @@ def prepare(data: TextData, make_tokenizer: Callable[..., tok.Tokenizer], tokeni
             fcntl.flock(lock, fcntl.LOCK_EX)  # two starts at once: the second waits and finds the work done
             prepared = _prepare(data, make_tokenizer, tokenizer_key, cache, root, names)
     except OSError as error:
-        raise StorageFault(f"{error.filename or cache}: {error.strerror}; the cache's place is set with cache_dir=FOLDER") from None
+        raise StorageFault(
+            f"{error.filename or cache}: {error.strerror}; the cache's place is set with cache_dir=FOLDER"
+        ) from None
     for split in ("train", "val"):
         if (n := prepared.meta[f"{split}_tokens"]) <= data.seq_len:
-            raise Refusal(f"the {split} split has {n} tokens and a sample needs {data.seq_len + 1}: lower data.seq_len or bring more text")
+            raise Refusal(
+                f"the {split} split has {n} tokens and a sample needs {data.seq_len + 1}: lower data.seq_len or bring more text"
+            )
     if data.isolate_documents and prepared.meta["eos"] is None:
-        raise Refusal("data.isolate_documents=true needs a tokenizer with an end token: use tokenizer=bpe or tokenizer=byte")
+        raise Refusal(
+            "data.isolate_documents=true needs a tokenizer with an end token: use tokenizer=bpe or tokenizer=byte"
+        )
     return prepared
 
 
-def _prepare(data: TextData, make_tokenizer: Callable[..., tok.Tokenizer], tokenizer_key: str, cache: Path, root: Path, names: list[str]) -> Prepared:
+def _prepare(
+    data: TextData,
+    make_tokenizer: Callable[..., tok.Tokenizer],
+    tokenizer_key: str,
+    cache: Path,
+    root: Path,
+    names: list[str],
+) -> Prepared:
     texts: list[str] | None = None
     stat_key = _hash([FORMAT, str(root.resolve()), [(n, *_stat(root / n)) for n in names]])
     known = cache / "fingerprints" / f"{stat_key}.txt"
@@ -200,7 +235,15 @@ def _prepare(data: TextData, make_tokenizer: Callable[..., tok.Tokenizer], token
     return Prepared(folder, json.loads((folder / "meta.json").read_text()))
 
 
-def _encode(data: TextData, make_tokenizer: Callable[..., tok.Tokenizer], texts: list[str], sha: str, source: str, names: list[str], folder: Path) -> None:
+def _encode(
+    data: TextData,
+    make_tokenizer: Callable[..., tok.Tokenizer],
+    texts: list[str],
+    sha: str,
+    source: str,
+    names: list[str],
+    folder: Path,
+) -> None:
     train, val = _split(texts, data.val_fraction)
     tokenizer = make_tokenizer(train, texts)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -208,8 +251,14 @@ def _encode(data: TextData, make_tokenizer: Callable[..., tok.Tokenizer], texts:
     building = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         meta: dict[str, Any] = {
-            "source": source, "files": len(names), "sha256": sha, "tokenizer_sha256": tokenizer.sha256(), "dtype": dtype,
-            "vocab_size": tokenizer.vocab_size, "eos": tokenizer.eos, "val_fraction": data.val_fraction,
+            "source": source,
+            "files": len(names),
+            "sha256": sha,
+            "tokenizer_sha256": tokenizer.sha256(),
+            "dtype": dtype,
+            "vocab_size": tokenizer.vocab_size,
+            "eos": tokenizer.eos,
+            "val_fraction": data.val_fraction,
         }
         for split, documents in (("train", train), ("val", val)):
             meta[f"{split}_tokens"] = _write_ids(tokenizer, documents, building / f"{split}.bin", dtype)
@@ -225,7 +274,11 @@ def _encode(data: TextData, make_tokenizer: Callable[..., tok.Tokenizer], texts:
 
 def _write_ids(tokenizer: tok.Tokenizer, documents: list[str], path: Path, dtype: str) -> int:
     """Documents' ids one after another, an end token behind each where there are several; -> how many."""
-    between = np.array([tokenizer.eos], dtype=dtype) if tokenizer.eos is not None and len(documents) > 1 else np.empty(0, dtype=dtype)
+    between = (
+        np.array([tokenizer.eos], dtype=dtype)
+        if tokenizer.eos is not None and len(documents) > 1
+        else np.empty(0, dtype=dtype)
+    )
     total = 0
     with path.open("wb") as out:
         for document in documents:
@@ -279,7 +332,9 @@ def _read(root: Path, names: list[str]) -> list[str]:
         try:
             texts.append(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise Refusal(f"{root / name} is not UTF-8 text: byte {error.start} is 0x{raw[error.start]:02x}; convert it or leave it out") from None
+            raise Refusal(
+                f"{root / name} is not UTF-8 text: byte {error.start} is 0x{raw[error.start]:02x}; convert it or leave it out"
+            ) from None
     return texts
 
 

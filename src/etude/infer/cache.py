@@ -13,7 +13,9 @@ class KVCache:
     Rows may have different lengths. A forward writes row b's T new tokens at `positions[b]`; afterwards `extend`
     counts them in. Entries beyond a row's length are never looked at: padding needs no care."""
 
-    def __init__(self, shapes: list[tuple[int, int, int]], batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, shapes: list[tuple[int, int, int]], batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ):
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.capacity = capacity
         self.layers = [_Layer(self, shape, batch, capacity, dtype, device) for shape in shapes]
@@ -34,7 +36,15 @@ class KVCache:
 
 
 class _Layer:
-    def __init__(self, owner: KVCache, shape: tuple[int, int, int], batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        owner: KVCache,
+        shape: tuple[int, int, int],
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         heads, k_dim, v_dim = shape
         self.owner = owner
         self.k = torch.zeros(batch, heads, capacity, k_dim, dtype=dtype, device=device)

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from etude.infer.cache import KVCache
 from etude.infer.sampling import Sampling, draw, penalize
+from etude.model.transformer import Transformer
 from etude.text.tokenizer import Streamer, Tokenizer
 
 
@@ -26,8 +27,15 @@ class Row:
 
 
 @torch.inference_mode()
-def decode(model: nn.Module, rows: list[Row], sampling: Sampling, max_tokens: int, stop_ids: set[int], use_cache: bool = True,
-           on_crop: Callable[[int], None] = lambda limit: None) -> Iterator[list[Row]]:
+def decode(
+    model: Transformer,
+    rows: list[Row],
+    sampling: Sampling,
+    max_tokens: int,
+    stop_ids: set[int],
+    use_cache: bool = True,
+    on_crop: Callable[[int], None] = lambda limit: None,
+) -> Iterator[list[Row]]:
     """Give every unfinished row one more token, yield those rows, and again until all are finished. The caller may set
     a row's `finish` in between.
 
@@ -37,7 +45,11 @@ def decode(model: nn.Module, rows: list[Row], sampling: Sampling, max_tokens: in
     limit = model.position_limit
     longest = max(len(r.prompt) for r in rows)
     fits = limit is None or longest <= limit
-    cache = _new_cache(model, len(rows), min(longest + max_tokens, limit or longest + max_tokens)) if use_cache and fits else None
+    cache = (
+        _new_cache(model, len(rows), min(longest + max_tokens, limit or longest + max_tokens))
+        if use_cache and fits
+        else None
+    )
     seen = _seen(model, rows, device) if sampling.repetition_penalty != 1.0 else None
     cropped = False
     for _ in range(max_tokens):
@@ -65,19 +77,19 @@ def decode(model: nn.Module, rows: list[Row], sampling: Sampling, max_tokens: in
         yield grown
 
 
-def _new_cache(model: nn.Module, batch: int, capacity: int) -> KVCache:
+def _new_cache(model: Transformer, batch: int, capacity: int) -> KVCache:
     p = next(model.parameters())
-    return KVCache([block.attn.cache_shape() for block in model.blocks], batch, capacity, p.dtype, p.device)
+    return KVCache([a.cache_shape() for a in model.attentions()], batch, capacity, p.dtype, p.device)
 
 
-def _seen(model: nn.Module, rows: list[Row], device: torch.device) -> Tensor:
+def _seen(model: Transformer, rows: list[Row], device: torch.device) -> Tensor:
     seen = torch.zeros(len(rows), model.vocab_size, dtype=torch.bool, device=device)
     for i, row in enumerate(rows):
         seen[i, torch.tensor(row.ids, dtype=torch.int64, device=device)] = True
     return seen
 
 
-def _next(model: nn.Module, rows: list[Row], cache: KVCache, device: torch.device) -> Tensor:
+def _next(model: Transformer, rows: list[Row], cache: KVCache, device: torch.device) -> Tensor:
     """Logits (B, V) after the tokens that are not in the cache yet: all prompts, later the one new token of each."""
     if rows[0].out:
         tokens = torch.tensor([[r.out[-1]] for r in rows], device=device)
@@ -89,12 +101,12 @@ def _next(model: nn.Module, rows: list[Row], cache: KVCache, device: torch.devic
     return model.logits(x)
 
 
-def _whole(model: nn.Module, rows: list[Row], limit: int | None, device: torch.device) -> Tensor:
+def _whole(model: Transformer, rows: list[Row], limit: int | None, device: torch.device) -> Tensor:
     """Logits (B, V) from the whole context of each row, or its last `limit` tokens."""
     return model.logits(_ends(model, [r.ids[-limit:] if limit else r.ids for r in rows], None, device))
 
 
-def _ends(model: nn.Module, contexts: list[list[int]], cache: KVCache | None, device: torch.device) -> Tensor:
+def _ends(model: Transformer, contexts: list[list[int]], cache: KVCache | None, device: torch.device) -> Tensor:
     """States (B, D) at the last token of each context. Shorter rows are filled up on the right, where causal attention
     never looks from inside the row."""
     width = max(map(len, contexts))
@@ -134,9 +146,19 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def complete(model: nn.Module, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling, max_tokens: int, stop: list[str] | None = None,
-             n: int = 1, batch_size: int = 16, use_cache: bool = True, on_text: Callable[[int, str], None] = lambda i, text: None,
-             on_crop: Callable[[int], None] = lambda limit: None) -> list[TextRow]:
+def complete(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    sampling: Sampling,
+    max_tokens: int,
+    stop: list[str] | None = None,
+    n: int = 1,
+    batch_size: int = 16,
+    use_cache: bool = True,
+    on_text: Callable[[int, str], None] = lambda i, text: None,
+    on_crop: Callable[[int], None] = lambda limit: None,
+) -> list[TextRow]:
     """n samples of each prompt, in order: prompt 0's first. `on_text(i, new)` is called as sample i's text comes."""
     stop_ids = {tokenizer.eos} if tokenizer.eos is not None else set()
     rows = [Row(encode_prompt(tokenizer, p), choice) for p in prompts for choice in range(n)]

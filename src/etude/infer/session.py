@@ -32,8 +32,15 @@ def run(cfg: dict) -> int:
         return 0
     rows = speak.complete(prompts)
     records = [
-        {"prompt": p, "choice": j, "text": rows[i * cfg["n"] + j].text, "tokens": len(rows[i * cfg["n"] + j].row.out), "finish": rows[i * cfg["n"] + j].row.finish}
-        for i, p in enumerate(prompts) for j in range(cfg["n"])
+        {
+            "prompt": p,
+            "choice": j,
+            "text": rows[i * cfg["n"] + j].text,
+            "tokens": len(rows[i * cfg["n"] + j].row.out),
+            "finish": rows[i * cfg["n"] + j].row.finish,
+        }
+        for i, p in enumerate(prompts)
+        for j in range(cfg["n"])
     ]
     write(cfg["out"], records)
     return 0
@@ -51,7 +58,11 @@ def read_prompts(cfg: dict) -> list[str] | None:
             raise Refusal(f"file={cfg['file']} does not exist; give a file with one prompt a line, or JSONL") from None
         except (OSError, UnicodeDecodeError) as error:
             raise Refusal(f"file={cfg['file']} cannot be read as text: {error}") from None
-        prompts = [_json_prompt(line, path, i) if path.suffix == ".jsonl" else line for i, line in enumerate(lines, 1) if line.strip()]
+        prompts = [
+            _json_prompt(line, path, i) if path.suffix == ".jsonl" else line
+            for i, line in enumerate(lines, 1)
+            if line.strip()
+        ]
         if not prompts:
             raise Refusal(f"file={cfg['file']} has no prompt in it")
         return prompts
@@ -65,10 +76,10 @@ def _json_prompt(line: str, path: Path, number: int) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise Refusal(f"{path}:{number}: not JSON ({error}); expected {{\"prompt\": \"...\"}}") from None
+        raise Refusal(f'{path}:{number}: not JSON ({error}); expected {{"prompt": "..."}}') from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         found = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
-        raise Refusal(f"{path}:{number}: expected an object with a text \"prompt\", found {found}")
+        raise Refusal(f'{path}:{number}: expected an object with a text "prompt", found {found}')
     return row["prompt"]
 
 
@@ -82,8 +93,17 @@ class Speaker:
         from etude.infer.generate import complete
 
         return complete(
-            self.model, self.tokenizer, prompts, self.sampling, self.cfg["max_tokens"], self.cfg["stop"], self.cfg["n"], self.cfg["batch_size"],
-            self.cfg["cache"], on_text, self.on_crop,
+            self.model,
+            self.tokenizer,
+            prompts,
+            self.sampling,
+            self.cfg["max_tokens"],
+            self.cfg["stop"],
+            self.cfg["n"],
+            self.cfg["batch_size"],
+            self.cfg["cache"],
+            on_text,
+            self.on_crop,
         )
 
     def stream(self, prompt: str) -> str:
@@ -95,7 +115,10 @@ class Speaker:
         return row.text
 
     def on_crop(self, limit: int) -> None:
-        print(f"note: this model has embeddings for {limit} positions; from here on it sees the last {limit} tokens, computed anew for each", file=sys.stderr)
+        print(
+            f"note: this model has embeddings for {limit} positions; from here on it sees the last {limit} tokens, computed anew for each",
+            file=sys.stderr,
+        )
 
 
 def session(speak: Speaker) -> int:
@@ -120,10 +143,14 @@ def write(out: str | None, records: list[dict]) -> None:
     """JSONL to a file, or texts under their prompts to the terminal."""
     if out is not None:
         try:
-            Path(out).expanduser().write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+            Path(out).expanduser().write_text(
+                "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8"
+            )
         except OSError as error:
             raise StorageFault(f"could not write out={out}: {error.strerror}") from None
         print(f"{len(records)} samples in {out}")
         return
     for r in records:
-        print(f"--- {r['prompt']!r} sample {r['choice'] + 1}, {r['tokens']} tokens, ended by {r['finish']}\n{r['prompt']}{r['text']}\n")
+        print(
+            f"--- {r['prompt']!r} sample {r['choice'] + 1}, {r['tokens']} tokens, ended by {r['finish']}\n{r['prompt']}{r['text']}\n"
+        )

@@ -42,11 +42,17 @@ class GQA(nn.Module):
     def check(dim: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None, rope_theta: float | None) -> None:
         """Raises ValueError for settings that do not fit together; config.py runs it before torch is imported."""
         if n_heads < 1 or (head_dim is None and dim % n_heads):
-            raise ValueError(f"dim={dim} is not divisible by n_heads={n_heads}; set model.attn.n_heads to a divisor of {dim}")
+            raise ValueError(
+                f"dim={dim} is not divisible by n_heads={n_heads}; set model.attn.n_heads to a divisor of {dim}"
+            )
         if n_kv_heads is not None and (n_kv_heads < 1 or n_heads % n_kv_heads):
-            raise ValueError(f"n_heads={n_heads} is not divisible by n_kv_heads={n_kv_heads}; set model.attn.n_kv_heads to a divisor of {n_heads}")
+            raise ValueError(
+                f"n_heads={n_heads} is not divisible by n_kv_heads={n_kv_heads}; set model.attn.n_kv_heads to a divisor of {n_heads}"
+            )
         if rope_theta is not None and (head_dim or dim // n_heads) % 2:
-            raise ValueError(f"head_dim={head_dim or dim // n_heads} is odd and RoPE turns pairs; set model.attn.head_dim to an even number")
+            raise ValueError(
+                f"head_dim={head_dim or dim // n_heads} is odd and RoPE turns pairs; set model.attn.head_dim to an even number"
+            )
 
     def cache_shape(self) -> tuple[int, int, int]:
         """(key heads, key channels, value channels) of one cached position."""

@@ -12,7 +12,16 @@ class MLP(nn.Module):
 
     tp_plan = {"up": "col", "out": "row"}
 
-    def __init__(self, dim: int, layer: int, *, hidden: int | None, activation: Literal["relu", "gelu", "gelu_tanh", "silu"], bias: bool, dropout: float):
+    def __init__(
+        self,
+        dim: int,
+        layer: int,
+        *,
+        hidden: int | None,
+        activation: Literal["relu", "gelu", "gelu_tanh", "silu"],
+        bias: bool,
+        dropout: float,
+    ):
         super().__init__()
         hidden = hidden or 4 * dim
         self.act, self.dropout = parts.ACTIVATIONS[activation], dropout
@@ -30,7 +39,16 @@ class GatedMLP(nn.Module):
 
     tp_plan = {"gate": "col", "up": "col", "out": "row"}
 
-    def __init__(self, dim: int, layer: int, *, hidden: int | None, activation: Literal["relu", "gelu", "gelu_tanh", "silu"], bias: bool, dropout: float):
+    def __init__(
+        self,
+        dim: int,
+        layer: int,
+        *,
+        hidden: int | None,
+        activation: Literal["relu", "gelu", "gelu_tanh", "silu"],
+        bias: bool,
+        dropout: float,
+    ):
         super().__init__()
         hidden = hidden or -(-8 * dim // 3 // 32) * 32
         self.act, self.dropout = parts.ACTIVATIONS[activation], dropout
@@ -41,4 +59,3 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D) -> ((B, T, D), None)."""
         return parts.dropout(self.out(self.act(self.gate(x)) * self.up(x)), self.dropout, self.training), None
-

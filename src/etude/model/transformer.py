@@ -1,7 +1,7 @@
 """The decoder that all language models here are: embedding, blocks of attention and feed-forward, norm, head."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,9 @@ class Block(nn.Module):
         self.attn_norm, self.attn = attn_norm, attn
         self.ffn_norm, self.ffn = ffn_norm, ffn
 
-    def forward(self, x: Tensor, positions: Tensor | None, mask: Tensor | None, cache=None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, positions: Tensor | None, mask: Tensor | None, cache=None
+    ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D) -> ((B, T, D), aux)."""
         x = x + self.attn(self.attn_norm(x), positions, mask, cache)
         y, aux = self.ffn(self.ffn_norm(x))
@@ -42,7 +44,8 @@ class Transformer(nn.Module):
     | every linear layer                              | N(0, init_std)                       |
     | linear layers named `out` (into the residual)   | N(0, init_std / sqrt(2 n_layers))    |
 
-    A part with another need defines `init_weights(self)`, which is called after the table's rule."""
+    `init_std` null is 0.02 sqrt(768 / dim): GPT-2's 0.02 at GPT-2's width, and the same size of activations at others. A
+    part with another need defines `init_weights(self)`, which is called after the table's rule."""
 
     tp_plan = {"embed": "row", "head": "col"}
 
@@ -56,7 +59,7 @@ class Transformer(nn.Module):
         pos: Literal["rope", "learned", "sinusoidal"],
         tied: bool,
         dropout: float,
-        init_std: float,
+        init_std: float | None,
         checkpoint: bool,
         attn: Callable[[int, int], nn.Module],
         ffn: Callable[[int, int], nn.Module],
@@ -65,7 +68,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.vocab_size, self.dim, self.n_layers = vocab_size, dim, n_layers
         self.max_len, self.pos, self.dropout = max_len, pos, dropout
-        self.init_std, self.checkpoint = init_std, checkpoint
+        self.init_std, self.checkpoint = init_std or 0.02 * (768 / dim) ** 0.5, checkpoint
         self.embed = nn.Embedding(vocab_size, dim)
         self.pos_embed = nn.Embedding(max_len, dim) if pos == "learned" else None
         self.blocks = nn.ModuleList(Block(attn(dim, i), ffn(dim, i), norm(dim), norm(dim)) for i in range(n_layers))
@@ -81,7 +84,9 @@ class Transformer(nn.Module):
             if value < 1:
                 raise ValueError(f"{name}={value} should be at least 1; set model.{name}")
         if pos != "rope" and attn.get("rope_theta") is not None:
-            raise ValueError(f"pos={pos} and a rotary attention would both place the tokens; set model.attn.rope_theta=null or model.pos=rope")
+            raise ValueError(
+                f"pos={pos} and a rotary attention would both place the tokens; set model.attn.rope_theta=null or model.pos=rope"
+            )
 
     @property
     def position_limit(self) -> int | None:
@@ -93,14 +98,21 @@ class Transformer(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 into_residual = name.endswith(".out")
-                nn.init.normal_(module.weight, std=self.init_std / (2 * self.n_layers) ** 0.5 if into_residual else self.init_std)
+                nn.init.normal_(
+                    module.weight, std=self.init_std / (2 * self.n_layers) ** 0.5 if into_residual else self.init_std
+                )
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=self.init_std)
         for module in self.modules():
-            if module is not self and hasattr(module, "init_weights"):
-                module.init_weights()
+            own = getattr(module, "init_weights", None)
+            if module is not self and own is not None:
+                own()
+
+    def attentions(self) -> list[Any]:
+        """The attention part of each block."""
+        return [block.attn for block in self.blocks]
 
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -112,14 +124,18 @@ class Transformer(nn.Module):
         if self.head.weight is not self.embed.weight:
             tables.append(self.embed)
         looked_up = sum(t.weight.numel() for t in tables)
-        return 6 * (self.n_params() - looked_up) + sum(block.attn.flops_per_token(length) for block in self.blocks)
+        return 6 * (self.n_params() - looked_up) + sum(a.flops_per_token(length) for a in self.attentions())
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None, doc_ids: Tensor | None, cache) -> tuple[Tensor, Tensor | None]:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor | None, doc_ids: Tensor | None, cache
+    ) -> tuple[Tensor, Tensor | None]:
         """tokens (B, T) -> (final normed states (B, T, D), sum of auxiliary losses or None)."""
         x = self.embed(tokens)
         if self.pos != "rope":
             where = torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
-            x = x + (self.pos_embed(where) if self.pos_embed is not None else parts.sinusoid(where, self.dim).to(x.dtype))
+            x = x + (
+                self.pos_embed(where) if self.pos_embed is not None else parts.sinusoid(where, self.dim).to(x.dtype)
+            )
         x = parts.dropout(x, self.dropout, self.training)
         mask = None if doc_ids is None else parts.document_mask(doc_ids)
         total = None

@@ -13,7 +13,9 @@ class Seq:
 
     def __init__(self, *, label_smoothing: float, z_loss: float):
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing={label_smoothing} should be at least 0 and below 1; set strategy.label_smoothing")
+            raise ValueError(
+                f"label_smoothing={label_smoothing} should be at least 0 and below 1; set strategy.label_smoothing"
+            )
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
 
     def collect(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

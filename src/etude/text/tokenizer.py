@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
 
 from etude.errors import Refusal
 
@@ -24,7 +25,9 @@ class Tokenizer:
     def __init__(self, backend: Backend):
         self.backend = backend
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.bos, self.eos, self.pad = (self._first(*names) for names in ((BOS, "<s>"), (EOS, "</s>", "<|endoftext|>"), (PAD,)))
+        self.bos, self.eos, self.pad = (
+            self._first(*names) for names in ((BOS, "<s>"), (EOS, "</s>", "<|endoftext|>"), (PAD,))
+        )
         self.characters = frozenset(backend.get_vocab()) if self._by_character() else None
 
     def _first(self, *names: str) -> int | None:
@@ -37,8 +40,12 @@ class Tokenizer:
         """Raises Refusal naming the characters of `text` that a vocabulary of characters does not have."""
         if self.characters is None or not (unknown := sorted(set(text) - self.characters)):
             return
-        names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
-        raise Refusal(f"{where} has characters that the tokenizer does not know: {names}; train with tokenizer.unknown=unk to map them to {UNK}")
+        names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:8]) + (
+            f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        )
+        raise Refusal(
+            f"{where} has characters that the tokenizer does not know: {names}; train with tokenizer.unknown=unk to map them to {UNK}"
+        )
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; special tokens in it are recognised, none are added."""
@@ -49,7 +56,9 @@ class Tokenizer:
         """The ids of each text, on all cores. Special tokens are not looked for: a corpus is plain text."""
         backend = Backend.from_str(self.to_json())
         backend.encode_special_tokens = True
-        return [np.array(e.ids, dtype=np.uint32) for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            np.array(e.ids, dtype=np.uint32) for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
@@ -80,7 +89,8 @@ class Streamer:
     spread over several tokens is never shown by halves."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.ids, self.start, self.shown = tokenizer, [], 0, ""
+        self.tokenizer, self.start, self.shown = tokenizer, 0, ""
+        self.ids: list[int] = []
 
     def push(self, token: int) -> str:
         self.ids.append(token)
@@ -107,7 +117,7 @@ def char(train: Sequence[str], corpus: Sequence[str], *, unknown: Literal["error
     if unknown == "unk":
         vocab[UNK] = len(vocab)
     backend = Backend(models.WordLevel(vocab, unk_token=UNK))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
     return Tokenizer(backend)
 
@@ -127,12 +137,17 @@ def bpe(train: Sequence[str], corpus: Sequence[str], *, vocab_size: int) -> Toke
     training texts only. Any text can be encoded: what has no merge stays bytes."""
     least = 256 + len(SPECIAL)
     if vocab_size < least:
-        raise Refusal(f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL)} special tokens need {least}")
+        raise Refusal(
+            f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL)} special tokens need {least}"
+        )
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(train, trainer, length=len(train))
     return Tokenizer(backend)

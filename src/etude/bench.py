@@ -1,0 +1,215 @@
+"""Measurements: training and decoding of a config, in turn with another program where one is named.
+
+A machine with neighbours is fast one minute and slow the next: so times are medians over rounds in which both programs
+take turns, and what counts is their ratio."""
+
+import json
+import re
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from etude import config as conf
+from etude.errors import Refusal
+
+
+def run(cfg: dict) -> int:
+    """-> exit code."""
+    from etude.training import Session, prepare_data
+
+    if cfg["rounds"] < 1 or cfg["steps"] < 1 or cfg["warmup_steps"] < 0:
+        raise Refusal(
+            f"rounds={cfg['rounds']} and steps={cfg['steps']} should be at least 1 and warmup_steps={cfg['warmup_steps']} at least 0"
+        )
+    data, prepared = prepare_data(cfg)
+    parallel = conf.build(cfg["parallel"])
+    if getattr(parallel, "nproc", 1) > 1:
+        raise Refusal("bench.py times one process; use parallel=single")
+    with parallel.world(cfg["threads"]) as world:
+        session = Session(cfg, data, prepared, parallel, world)
+        result: dict[str, Any] = {
+            "model": cfg["tag"] or cfg["model"]["_target_"].rpartition(".")[2],
+            "parameters": session.model.n_params(),
+            "device": describe(world.device),
+            "precision": session.precision,
+            "compile": cfg["compile"],
+        }
+        tokens = cfg["batch_size"] * data.seq_len
+        train = Training(session) if cfg["what"] in ("train", "all") else None
+        theirs: list[float] = []
+        rounds: list[dict[str, float]] = []
+        decoded: list[float] = []
+        for _ in range(cfg["rounds"]):
+            if train is not None:
+                rounds.append(train.round(cfg["steps"]))
+            if cfg["what"] in ("decode", "all"):
+                decoded.append(decode_rate(session, cfg["decode_tokens"], cfg["decode_batch"]))
+            if cfg["compare"] is not None:
+                theirs.append(other(cfg, tokens))
+        if train is not None:
+            result |= summary(rounds, tokens, session)
+        if decoded:
+            result["decode_tokens_per_s"] = statistics.median(decoded)
+        if theirs:
+            ours = result["tokens_per_s"] if train is not None else result["decode_tokens_per_s"]
+            result |= {"their_tokens_per_s": statistics.median(theirs), "ratio": ours / statistics.median(theirs)}
+        result["peak_memory_mib"] = peak_memory(world.device)
+    show(result)
+    return 0
+
+
+class Training:
+    """The loop's own work on one session, with the clock read between its parts."""
+
+    def __init__(self, session: Any):
+        self.session = session
+        if session.cfg["compile"]:
+            for block in session.model.blocks:
+                block.compile()
+        self.stream = session.batches.steps(0, None)
+        self.round(session.cfg["warmup_steps"])
+
+    def round(self, steps: int) -> dict[str, float]:
+        """Median seconds a step of each part over `steps` steps."""
+        from etude.loop import gradients
+
+        s, weigh = self.session, self.session.strategy.weight
+        times: list[dict[str, float]] = []
+        for _ in range(steps):
+            clock = Clock(s.device)
+            batches = next(self.stream)
+            clock.lap("data")
+            gradients(
+                s.model,
+                None,
+                s.strategy,
+                batches,
+                float(sum(map(weigh, batches))),
+                s.cfg,
+                0,
+                s.parallel,
+                s.world,
+                s.autocast,
+                clock.lap,
+            )
+            s.optimizer.step()
+            s.optimizer.zero_grad()
+            clock.lap("optimizer")
+            times.append(clock.laps | {"step": sum(clock.laps.values())})
+        return {k: statistics.median(t[k] for t in times) for k in times[0]} if times else {}
+
+
+class Clock:
+    """Seconds spent in named parts; on a GPU each lap waits until its work is done."""
+
+    def __init__(self, device: Any):
+        self.device, self.laps, self.last = device, dict[str, float](), time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.laps[part] = self.laps.get(part, 0.0) + now - self.last
+        self.last = now
+
+
+def summary(rounds: list[dict[str, float]], tokens: int, session: Any) -> dict[str, Any]:
+    step = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
+    rate = tokens / step["step"]
+    peak = session.peak_flops
+    return {
+        "tokens_per_s": rate,
+        "step_ms": step.pop("step") * 1e3,
+        **{f"{k}_ms": v * 1e3 for k, v in step.items()},
+        "tflops": rate * session.model.flops_per_token(session.data.seq_len) / 1e12,
+        "mfu": rate * session.model.flops_per_token(session.data.seq_len) / peak if peak else None,
+    }
+
+
+def decode_rate(session: Any, new: int, batch: int) -> float:
+    """New tokens a second of `batch` rows after a prompt of 16, greedy, with the cache."""
+    from etude.infer.generate import Row, decode
+    from etude.infer.sampling import Sampling
+
+    session.model.eval()
+    limit = session.model.position_limit
+    new = min(new, limit - 16) if limit else new
+    prompt = [int(i) for i in session.batches.train.ids[:16]]
+
+    def go(count: int) -> float:
+        rows = [Row(list(prompt)) for _ in range(batch)]
+        start = time.perf_counter()
+        for _ in decode(session.model, rows, Sampling(temperature=0.0), count, set()):
+            pass
+        return time.perf_counter() - start
+
+    go(2)
+    seconds = go(new)
+    session.model.train()
+    return batch * new / seconds
+
+
+def other(cfg: dict, tokens: int) -> float:
+    """Tokens a second of the other program, by what it prints, or by the whole process's time."""
+    start = time.perf_counter()
+    done = subprocess.run(cfg["compare"], shell=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise Refusal(
+            f"compare={shlex.quote(cfg['compare'])} ended with exit code {done.returncode}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}"
+        )
+    per_step = cfg["compare_tokens"] or tokens
+    pattern = cfg["compare_pattern"]
+    if pattern is not None and not re.search(pattern, done.stdout):
+        raise Refusal(f"compare_pattern={pattern} matches nothing that the other program printed")
+    tps = [
+        float(m.group("tps").replace(",", ""))
+        for m in re.finditer(pattern or r"(?P<tps>[\d.,]+) tok(?:ens)?/s", done.stdout)
+        if "tps" in m.re.groupindex
+    ]
+    ms = [] if tps else [float(m[1]) for m in re.finditer(pattern or r"time ([\d.]+) ?ms", done.stdout)]
+    if tps:
+        return statistics.median(tps[len(tps) // 4 :])  # the first ones are warm-up
+    if ms:
+        return per_step / statistics.median(ms[len(ms) // 4 :]) * 1e3
+    print(
+        "note: the other program printed neither tokens/s nor milliseconds a step: its whole process is timed",
+        file=sys.stderr,
+    )
+    return per_step * cfg["steps"] / seconds
+
+
+def peak_memory(device: Any) -> float:
+    """MiB: of the GPU's allocator, else of the process."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def describe(device: Any) -> str:
+    import torch
+
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table("measure", "value")
+    for name, value in result.items():
+        table.add_row(name, "n/a" if value is None else f"{value:,.3f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    print(json.dumps(result))
