@@ -108,7 +108,7 @@ def fit(
                 raise Interrupted(
                     f"stopped by {signals.name or 'a signal to another rank'} after step {step}; go on with: python train.py resume={folder}"
                 )
-            set_lr(optimizer, factor := schedule(step, steps, steps_per_epoch))
+            set_lr(optimizer, schedule(step, steps, steps_per_epoch))
             done = step + 1
             last = "time limit" if out_of_time else "all steps done" if done == limit else ""
             logging = done == 1 or due(done, settings["log_every"]) or bool(last)
@@ -141,7 +141,6 @@ def fit(
                 last_log = now, done
                 values |= {
                     "lr": optimizer.param_groups[0]["lr"],
-                    "lr_factor": factor,
                     "grad_norm": norm.item(),
                     "tokens": progress.tokens,
                     "epoch": done / steps_per_epoch,
@@ -232,7 +231,7 @@ def warm_up(model: nn.Module, strategy: Any, ref: nn.Module | None, batches: Bat
 
 def reduce(sums: list[dict], world: World) -> dict[str, float]:
     """Metrics as (sum, count) of each micro-batch -> their means over all micro-batches and ranks."""
-    names = sorted({name for metrics in sums for name in metrics})
+    names = world.broadcast(sorted({name for metrics in sums for name in metrics}))  # a rank may have had no batch
     flat = [float(sum(float(m[n][i]) for m in sums if n in m)) for n in names for i in (0, 1)]
     flat = world.sum(flat)
     return {n: flat[2 * i] / max(flat[2 * i + 1], 1e-9) for i, n in enumerate(names)}

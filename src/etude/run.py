@@ -62,8 +62,9 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the run alone. The lock is the kernel's: it goes with the process, so a stale one cannot stay behind."""
     with (folder / ".lock").open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A POSIX lock: unlike flock, it does not live on in loader workers that outlive a killed trainer.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             lock.seek(0)
             raise Refusal(
                 f"{folder} is being written by process {lock.read().strip() or '?'}; wait for it or stop it"

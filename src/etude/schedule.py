@@ -49,7 +49,7 @@ def wsd(step: int, steps: int, steps_per_epoch: float, *, warmup: int, decay: fl
     if (warm := _warm(step, warmup)) is not None:
         return warm
     start = max(warmup, steps - round(decay * steps))
-    return 1.0 if step < start else 1.0 - (1.0 - min_rate) * (step - start) / max(1, steps - start)
+    return 1.0 if step < start else 1.0 - (1.0 - min_rate) * _progress(step, steps, start)
 
 
 def step(step: int, steps: int, steps_per_epoch: float, *, warmup: int, every: float, gamma: float) -> float:

@@ -95,11 +95,12 @@ class Streamer:
     def push(self, token: int) -> str:
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids[self.start :], skip_special=True)
-        if text.endswith("�") and len(self.ids) - self.start < 16:
+        certain = text.rstrip("�")  # it stands for bytes that the next token may complete
+        if len(certain) <= len(self.shown):
             return ""
-        new, self.shown = text[len(self.shown) :], text
-        if text.endswith("\n"):  # what follows a line does not depend on it: keep the decoded tail short
-            self.start, self.shown = len(self.ids), ""
+        new, self.shown = certain[len(self.shown) :], certain
+        if text.endswith("\n"):  # what follows a line depends on its last token at most: keep the decoded tail short
+            self.start, self.shown = len(self.ids) - 1, self.tokenizer.decode([token], skip_special=True)
         return new
 
     def flush(self) -> str:
