@@ -5,7 +5,7 @@
 
 Prints a table and one line of JSON."""
 
-from etude.config import main
+from etude.cli import main
 
 
 @main("bench")

@@ -5,7 +5,7 @@ python generate.py ckpt=runs/<run> file=prompts.txt n=4  many, decoded together
 echo "class A" | python generate.py ckpt=runs/<run>      from standard input
 python generate.py ckpt=runs/<run>                       a session: type, read, type again"""
 
-from etude.config import main
+from etude.cli import main
 
 
 @main("generate")

@@ -5,7 +5,7 @@ python train.py model=gpt data=text data.path=FILE
 python train.py resume=runs/<run>                  go on after a stop
 python train.py --help                             all groups and keys"""
 
-from etude.config import main
+from etude.cli import main
 
 
 @main("train")

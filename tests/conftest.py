@@ -25,11 +25,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def varied_text(length: int, seed: int = 0) -> str:
     """Lines of made-up words with capitals, digits and punctuation: something to learn, nothing to download."""
     rng = random.Random(seed)
-    words = ["".join(rng.choices("aeiou" "bcdfghlmnprstvwyz", k=rng.randint(1, 8))) for _ in range(300)]
+    words = ["".join(rng.choices("aeioubcdfghlmnprstvwyz", k=rng.randint(1, 8))) for _ in range(300)]
     lines: list[str] = []
     while sum(map(len, lines)) < length:
         line = " ".join(rng.choices(words, k=rng.randint(3, 12)))
-        lines.append(rng.choice(["", "    ", "def "]) + line.capitalize() + rng.choice([".", "?", ":", f" {rng.randint(0, 99)}"]) + "\n")
+        lines.append(
+            rng.choice(["", "    ", "def "])
+            + line.capitalize()
+            + rng.choice([".", "?", ":", f" {rng.randint(0, 99)}"])
+            + "\n"
+        )
     return "".join(lines)[:length]
 
 

@@ -40,13 +40,27 @@ def tiny(folder: Path, **changes: object) -> list[str]:
 
 
 def train(*overrides: str, check: bool = True, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        cwd=cwd,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def start(*overrides: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "train.py", *overrides], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "train.py", *overrides],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def run_in(folder: Path) -> Path:
@@ -65,6 +79,9 @@ def metrics(run: Path) -> list[dict]:
 def identity(run: Path) -> tuple[dict[str, str], list[tuple]]:
     """What two equal runs share to the bit: weights, optimizer, and every logged loss, rate and batch."""
     last = run / "artifacts" / "checkpoints" / "last"
-    hashes = {name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in ("model.safetensors", "optimizer.safetensors")}
+    hashes = {
+        name: hashlib.sha256((last / name).read_bytes()).hexdigest()
+        for name in ("model.safetensors", "optimizer.safetensors")
+    }
     names = ("step", "train/loss", "lr", "batch", "grad_norm", "val/loss", "val/full_loss", "tokens")
     return hashes, [tuple(m.get(n) for n in names) for m in metrics(run)]

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 from running import identity, metrics, run_in, start, tiny, train
 
-LONG = {"max_steps": 240, "eval_every": 60, "save_every": 20, "model__attn__dropout": 0.1, "model__ffn__dropout": 0.1, "batch_size": 8, "micro_batch_size": 2}
+LONG = {
+    "max_steps": 240,
+    "eval_every": 60,
+    "save_every": 20,
+    "model__attn__dropout": 0.1,
+    "model__ffn__dropout": 0.1,
+    "batch_size": 8,
+    "micro_batch_size": 2,
+}
 
 
 def lines(run: Path) -> int:
@@ -20,7 +28,11 @@ def lines(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("layout", [["data.workers=0"], ["data.workers=2"], ["parallel=ddp", "parallel.nproc=2"]], ids=["plain", "workers", "ddp"])
+@pytest.mark.parametrize(
+    "layout",
+    [["data.workers=0"], ["data.workers=2"], ["parallel=ddp", "parallel.nproc=2"]],
+    ids=["plain", "workers", "ddp"],
+)
 def test_kill_nine_and_resume_is_bit_exact(tmp_path: Path, layout: list[str]) -> None:
     """Five kills at random moments change no bit of weights, optimizer or log."""
     whole = tiny(tmp_path, **LONG, runs_dir=tmp_path / "whole")
@@ -108,7 +120,9 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
-def test_a_damaged_checkpoint_is_skipped_with_a_warning(finished: tuple[Path, Path], tmp_path: Path, file: str, damage: object) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
+    finished: tuple[Path, Path], tmp_path: Path, file: str, damage: object
+) -> None:
     """The newest checkpoint that is whole is taken, and the one that is not is named with the reason."""
     from etude import checkpoint
 
@@ -174,7 +188,9 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     run = run_in(tmp_path / "runs")
     while lines(run) < 5:
         time.sleep(0.02)
-    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True
+    ).stdout.split()
     assert len(children) == 2
     os.kill(int(children[1]), signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
@@ -195,11 +211,13 @@ def test_a_full_disk_exits_4_and_keeps_the_last_checkpoint(finished: tuple[Path,
         f"sys.argv = ['train.py', 'resume={run}', 'max_steps=12']\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )
-    from running import ROOT, environment
-
     import sys
 
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    from running import ROOT, environment
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 4, done.stderr
     assert "step_00000012" in done.stderr and "bytes" in done.stderr
     from etude import checkpoint

@@ -33,7 +33,14 @@ CORPUS = varied_text(8000)
 
 
 def random_text(rng: random.Random, length: int) -> str:
-    kinds = ["abc d\n", "äöüßé", "日本語字", "👍🎉🧑🏽", "\t\r\x00\x7f\u200d\ufeff\u0301", "".join(map(chr, range(0x1D400, 0x1D420)))]
+    kinds = [
+        "abc d\n",
+        "äöüßé",
+        "日本語字",
+        "👍🎉🧑🏽",
+        "\t\r\x00\x7f\u200d\ufeff\u0301",
+        "".join(map(chr, range(0x1D400, 0x1D420))),
+    ]
     return "".join(rng.choice(rng.choice(kinds)) for _ in range(length))
 
 
@@ -141,7 +148,12 @@ def stream(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[str], str]:
 def test_streamed_text_is_whole(make: Callable[[], Tokenizer]) -> None:
     """No half character is ever shown, wherever in a line it stands, and the pieces add up to the text."""
     tokenizer, rng = make(), random.Random(1)
-    for text in [*HARD, "字" * 40, "a line of more than sixteen tokens: 👍🏽é\nand on\n\n👍", *(random_text(rng, 50) for _ in range(60))]:
+    for text in [
+        *HARD,
+        "字" * 40,
+        "a line of more than sixteen tokens: 👍🏽é\nand on\n\n👍",
+        *(random_text(rng, 50) for _ in range(60)),
+    ]:
         ids = tokenizer.encode(text)
         pushed, rest = stream(tokenizer, ids)
         assert "".join(pushed) + rest == text
@@ -153,7 +165,9 @@ def test_streamed_bytes_that_are_no_text() -> None:
     """An untrained model of bytes says such things; the pieces still add up to what decode makes of them."""
     tokenizer, rng = byte(), random.Random(2)
     for _ in range(200):
-        ids = [rng.choice([rng.randrange(128, 256), rng.randrange(256), 10, 0xE2, 0xF0, tokenizer.eos]) for _ in range(30)]
+        ids = [
+            rng.choice([rng.randrange(128, 256), rng.randrange(256), 10, 0xE2, 0xF0, tokenizer.eos]) for _ in range(30)
+        ]
         pushed, rest = stream(tokenizer, ids)
         assert "".join(pushed) + rest == tokenizer.decode(ids, skip_special=True)
 

@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from etude import cli
 from etude import config as conf
 from etude import run as runs
 from etude.data.text import Prepared, TextData, prepare
@@ -64,7 +65,7 @@ def sweep_job() -> tuple[str, int, str] | None:
 def work(cfg: dict, overrides: list[str], data: TextData, prepared: Prepared, job: tuple[str, int, str] | None) -> int:
     """One process of a run. -> exit code."""
     parallel = conf.build(cfg["parallel"])
-    return conf.guard(lambda: _work(cfg, overrides, data, prepared, job, parallel))
+    return cli.guard(lambda: _work(cfg, overrides, data, prepared, job, parallel))
 
 
 def _work(

@@ -49,7 +49,8 @@ class ResumableDistributedSampler:
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.epoch_size = n - n % batch_size if drop_last and order != "random" and n >= batch_size else n
-        self.step, self.stop = 0, None
+        self.step = 0
+        self.stop: int | None = None
 
     @property
     def epoch(self) -> int:

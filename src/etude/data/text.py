@@ -7,12 +7,12 @@ import dataclasses
 import fcntl
 import glob
 import hashlib
+import http.client
 import json
 import os
 import shutil
 import sysconfig
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,7 +106,7 @@ class Shakespeare(TextData):
             try:
                 with urllib.request.urlopen(self.url, timeout=10) as response:
                     text = response.read()
-            except (urllib.error.URLError, OSError, TimeoutError) as error:
+            except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
                 raise Refusal(
                     f"could not download tiny Shakespeare ({getattr(error, 'reason', error)}): connect to the network, or give a copy "
                     f"with data.path=FILE (from {self.url})"
@@ -314,7 +314,9 @@ def _split(texts: Sequence[str], val_fraction: float) -> tuple[list[str], list[s
 
 def bigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
     """Nats a token of `val` under a bigram model of `train`, which backs off to the unigram model with the weight of one
-    observation: what a model that looks one token back can do."""
+    observation: what a model that looks one token back can do. NaN where there is no pair of tokens."""
+    if len(train) < 2 or len(val) < 2:
+        return float("nan")
     unigram = (np.bincount(train, minlength=vocab_size) + 1.0) / (len(train) + vocab_size)
     pair = lambda ids: ids[:-1].astype(np.int64) * vocab_size + ids[1:]  # noqa: E731
     keys, counts = np.unique(pair(train), return_counts=True)

@@ -1,0 +1,172 @@
+"""The scripts' way in: compose the config, check it, run, and turn what went wrong into one line and an exit code."""
+
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from etude.config import CONF, check, groups
+from etude.errors import EtudeError, Interrupted, Refusal
+from etude.signature import did_you_mean
+
+# Values that are free text: quoted for Hydra's grammar on the way in, so that a prompt may hold any character.
+TEXT_KEYS = (
+    "prompt",
+    "ckpt",
+    "file",
+    "out",
+    "resume",
+    "compare",
+    "compare_pattern",
+    "data.path",
+    "tokenizer.path",
+    "runs_dir",
+    "cache_dir",
+)
+
+
+def main(script: str) -> Callable[[Callable[[dict], int | None]], Callable[[], None]]:
+    """Decorates `f(cfg: dict) -> exit code`: composes conf/<script>.yaml with the command line, checks it, calls f.
+
+    What the user can act on is printed as one line to stderr and becomes the exit code. In a multirun every job runs,
+    and the exit code is the first one that is not 0."""
+
+    def decorate(task: Callable[[dict], int | None]) -> Callable[[], None]:
+        def run() -> None:
+            sys.exit(_run(script, task))
+
+        return run
+
+    return decorate
+
+
+def _run(script: str, task: Callable[[dict], int | None]) -> int:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the one line below is ours
+    OmegaConf.register_new_resolver("sweep_dir", _claim_sweep, use_cache=True, replace=True)
+    sys.argv[1:] = flags_first([quote(a) for a in sys.argv[1:]])
+    codes: list[int] = []
+
+    def job(cfg: Any) -> None:
+        code = guard(lambda: task(check(cfg, script)))
+        codes.append(code)
+        if code == Interrupted.code:
+            raise KeyboardInterrupt  # the rest of a sweep was not asked for any more
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=script)(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        print(_hydra_line(error, script), file=sys.stderr)
+        return Refusal.code
+    except KeyboardInterrupt:
+        return Interrupted.code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return next((c for c in codes if c), 0)
+
+
+def guard(action: Callable[[], int | None]) -> int:
+    """Run `action`; -> its exit code, or that of the error it raised, which is printed: one line for what the user can
+    act on, the traceback for a bug."""
+    try:
+        return action() or 0
+    except EtudeError as error:
+        print(f"{type(error).__name__.lower() if error.code != 2 else 'error'}: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return Interrupted.code
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """Flags (and the values that follow them) before overrides: the parser takes overrides only in one piece."""
+    return sorted(arguments, key=lambda a: "=" in a and not a.startswith("-") or a.startswith("~"))
+
+
+def quote(argument: str) -> str:
+    """`key=value` with a free-text key, quoted as Hydra's grammar wants it; anything else as it is."""
+    key, eq, value = argument.partition("=")
+    if not eq or key.lstrip("+") not in TEXT_KEYS or value in ("null", "???"):
+        return argument
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return argument
+    value = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
+    value = re.sub(r"(\\+)$", r"\1\1", value)
+    value = value.replace("${", r"\${")
+    return f"{key}='{value}'"
+
+
+def _claim_sweep(name: str) -> str:
+    """A fresh folder runs/sweeps/<stamp>_<name>, however many sweeps start in the same second."""
+    base = f"runs/sweeps/{time.strftime('%Y%m%d_%H%M%S')}" + (f"_{name}" if name else "")
+    for i in range(1, 10000):
+        folder = base if i == 1 else f"{base}_{i}"
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            continue
+    raise Refusal(f"could not claim a folder like {base}")
+
+
+def folders() -> list[Path]:
+    """Where config files lie: conf/, and the folder of --config-dir."""
+    for flag, following in zip(sys.argv[1:], [*sys.argv[2:], ""]):
+        if flag.startswith(("--config-dir", "-cd")):
+            return [CONF, Path(flag.partition("=")[2] or following).resolve()]
+    return [CONF]
+
+
+def _hydra_line(error: Exception, script: str) -> str:
+    """One line for an error of Hydra's, with the nearest right spelling."""
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)  # type: ignore[arg-type]
+    text = "\n".join(str(c) for c in causes)
+    if m := re.search(r"Could not override '(?P<key>[\w./@]+)'", text) or re.search(r"full_key: (?P<key>[\w.]+)", text):
+        return "error: " + _unknown_key(m["key"].split("@")[0], script)
+    if m := re.search(r"(?:Could not find|In '[^']*': Could not find) '(?P<group>[\w./-]+)/(?P<choice>[^/']+)'", text):
+        options = sorted(p.stem for folder in folders() for p in (folder / m["group"]).glob("*.yaml"))
+        return f"error: {m['group']} has no choice '{m['choice']}'{did_you_mean(m['choice'], options)}"
+    return "error: " + " ".join(str(error).split())
+
+
+def _unknown_key(key: str, script: str) -> str:
+    """What to say of a key that conf/<script>.yaml and the chosen groups do not have."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig, OmegaConf
+
+    chosen = [a for a in sys.argv[1:] if "=" in a and "," not in a and (CONF / a.split("=")[0].lstrip("+")).is_dir()]
+    paths = ",".join(f"file://{folder}" for folder in folders()[1:])
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose(script, overrides=chosen + ([f"hydra.searchpath=[{paths}]"] if paths else []))
+    except HydraException:  # a choice is wrong as well
+        return f"unknown key {key}; --help lists what there is"
+    path: list[str] = []
+    node: Any = cfg
+    parts = key.split(".")
+    while len(parts) > 1 and isinstance(OmegaConf.select(cfg, ".".join(path + parts[:1])), DictConfig):
+        path.append(parts.pop(0))
+        node = OmegaConf.select(cfg, ".".join(path))
+    prefix = ".".join(path) + "." if path else ""
+    options = [str(k) for k in node] + ([] if path else groups())
+    line = f"unknown key {key}{did_you_mean(parts[0], [o for o in options if not o.startswith('_')], prefix)}"
+    if path:
+        choices = [p for folder in folders() for p in sorted((folder / "/".join(path)).glob("*.yaml"))]
+        others = [p.stem for p in choices if re.search(rf"^{re.escape(parts[0])}:", p.read_text(), re.M)]
+        if others:
+            line += f" ({parts[0]} belongs to {' and '.join('/'.join(path) + '=' + o for o in others)})"
+    return line
