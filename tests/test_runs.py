@@ -237,7 +237,6 @@ def test_a_new_attention_and_a_new_loss_are_one_file_and_one_yaml_each(tmp_path:
         "model/attn=mean",
         "strategy=focal",
         "trusted=[etude,mean_attention,focal]",
-        "sample_prompts=[]",
         PYTHONPATH=path,
     )
     assert "completed" in (run_in(tmp_path / "runs") / "summary.txt").read_text(), done.stdout

@@ -134,8 +134,19 @@ class Session:
             },
             self.device,
         )
+        self.prompts = [p for p in cfg["sample_prompts"] if self.knows(p)]
         self.folder = Path()
         self.whole: set[Path] = set()  # checkpoints verified in this process
+
+    def knows(self, prompt: str) -> bool:
+        """Whether a sample prompt can be encoded; said once if not, and not found out in the middle of a run."""
+        try:
+            self.tokenizer.encode(prompt)
+            return True
+        except Refusal as error:
+            if self.world.rank == 0:
+                print(f"warning: sample prompt {prompt!r} is left out: {str(error).split(';')[0]}", file=sys.stderr)
+            return False
 
     def claim(self, job: tuple[str, int, str] | None) -> Path:
         if self.cfg["resume"] is not None:
@@ -177,21 +188,22 @@ class Session:
 
     def sample(self, step: int) -> list[tuple[str, str]]:
         """Text after each of sample_prompts, written to the trackers by rank 0. -> (prompt, text) pairs."""
-        from etude.infer.generate import complete
+        from etude.infer.generate import can_cache, complete
         from etude.infer.sampling import Sampling
 
-        if self.world.rank != 0 or not self.cfg["sample_prompts"]:
+        if self.world.rank != 0 or not self.prompts:
             return []
         self.model.eval()
         rows = complete(
             self.model,
             self.tokenizer,
-            self.cfg["sample_prompts"],
+            self.prompts,
             Sampling(temperature=0.8, top_k=50, seed=self.cfg["seed"]),
             self.cfg["sample_tokens"],
+            use_cache=can_cache(self.model),
         )
         self.model.train()
-        pairs = [(p, r.text) for p, r in zip(self.cfg["sample_prompts"], rows)]
+        pairs = [(p, r.text) for p, r in zip(self.prompts, rows)]
         for i, (prompt, text) in enumerate(pairs):
             self.tracker.text(step, f"sample/{i}", prompt + text)
         return pairs
@@ -422,6 +434,8 @@ class Session:
         return "\n".join(lines)
 
     def end_summary(self, reason: str, status: runs.Status) -> list[str]:
+        from etude.infer.generate import can_cache
+
         metrics = status.fields["metrics"]
         minutes, seconds = divmod(round(self.progress.seconds), 60)
         lines = [
@@ -436,9 +450,9 @@ class Session:
         pairs = self.sample(self.progress.step)
         for prompt, text in pairs:
             lines += ["", f"--- sample after {prompt!r}", prompt + text]
-        prompt = self.cfg["sample_prompts"][0] if self.cfg["sample_prompts"] else ""
-        shown = json.dumps(prompt, ensure_ascii=False) if prompt.strip() else '"..."'
-        return [*lines, "", f"generate: python generate.py ckpt={self.folder} prompt={shown}"]
+        prompt = next((p for p in self.prompts if p.strip()), "")
+        uncached = "" if can_cache(self.model) else " cache=false"
+        return [*lines, "", f'generate: python generate.py ckpt={self.folder} prompt="{prompt}"{uncached}']
 
 
 def memory_estimate(model: Any, rows: int, precision: str) -> int:

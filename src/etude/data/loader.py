@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from etude.data.order import ResumableDistributedSampler
 from etude.data.text import Prepared, TextData
+from etude.errors import Refusal
 
 Batch = dict[str, Tensor]
 
@@ -28,6 +29,12 @@ class Windows(Dataset):
         """-> tokens (B, T) and targets (B, T); with `eos` also doc_ids (B, T), which count the end tokens before."""
         T = self.seq_len
         rows = np.stack([self.ids[i * self.stride : i * self.stride + T + 1] for i in indices]).astype(np.int64)
+        if rows.max() >= self.vocab_size:
+            row = int((rows.max(1) >= self.vocab_size).argmax())
+            raise Refusal(
+                f"{self.prepared.folder / self.split}.bin, window {indices[row]}: token id {rows.max()} is outside the vocabulary of "
+                f"{self.vocab_size}; the cache is damaged: delete {self.prepared.folder}"
+            )
         tokens = torch.from_numpy(rows)
         return self._batch(tokens[:, :-1], tokens[:, 1:])
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from etude.errors import Refusal
 from etude.infer.cache import KVCache
 from etude.infer.sampling import Sampling, draw, penalize
 from etude.model.transformer import Transformer
@@ -41,6 +42,8 @@ def decode(
 
     A model with a `position_limit` sees the last so many tokens; beyond it every position shifts with each token, so
     nothing can be cached and the window is computed anew (`on_crop(limit)` is called once when that begins)."""
+    if use_cache and not can_cache(model):
+        raise Refusal("this model's attention does not say what it would cache; type cache=false")
     device = next(model.parameters()).device
     limit = model.position_limit
     longest = max(len(r.prompt) for r in rows)
@@ -75,6 +78,11 @@ def decode(
         for row in grown:
             row.finish = "stop" if row.out[-1] in stop_ids else "length" if len(row.out) >= max_tokens else None
         yield grown
+
+
+def can_cache(model: Transformer) -> bool:
+    """Whether every attention of the model can keep what it computed."""
+    return all(hasattr(a, "cache_shape") for a in model.attentions())
 
 
 def _new_cache(model: Transformer, batch: int, capacity: int) -> KVCache:
