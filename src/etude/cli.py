@@ -99,11 +99,11 @@ def quote(argument: str) -> str:
     key, eq, value = argument.partition("=")
     if not eq or key.lstrip("+") not in TEXT_KEYS or value in ("null", "???"):
         return argument
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-        return argument
+    if re.fullmatch(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""", value, re.DOTALL):
+        return argument  # quoted already
     value = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
-    value = re.sub(r"(\\+)$", r"\1\1", value)
-    value = value.replace("${", r"\${")
+    value = re.sub(r"(\\+)\Z", r"\1\1", value)
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # and before what would be an interpolation
     return f"{key}='{value}'"
 
 

@@ -174,14 +174,14 @@ def check(cfg: Any, script: str) -> dict:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        plain = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise Refusal(f"config: {error.full_key or 'value'}: {str(error).splitlines()[0]}") from None
     if missing:
         hint = {"ckpt": "runs/<run>, a checkpoint folder or an export", "data.path": "a file, a folder or a glob"}
         raise Refusal("; ".join(f"{key} is missing: type {key}=<{hint.get(key, 'value')}>" for key in missing))
-    try:
-        plain = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise Refusal(f"config: {str(error).splitlines()[0]}") from None
     assert isinstance(plain, dict)
     fields = {f.name: f for f in dataclasses.fields(SCRIPTS[script])}
     names = groups()

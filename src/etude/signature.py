@@ -32,10 +32,10 @@ def signature(target: str) -> Signature:
     if found is None:
         names = _names(module)
         raise Refusal(f"there is no {target}{did_you_mean(name, names, prefix=module + '.')}")
-    tree, node = found
+    home, node = found
     if isinstance(node, ast.FunctionDef):
         return _arguments(node, skip=0)
-    return _constructor(tree, node, module)
+    return _constructor(node, home)
 
 
 def _source(module: str) -> Path | None:
@@ -55,13 +55,14 @@ def _tree(module: str) -> ast.Module | None:
     return ast.parse(source.read_text(encoding="utf-8")) if source else None
 
 
-def _find(module: str, name: str, depth: int = 0) -> tuple[ast.Module, ast.ClassDef | ast.FunctionDef] | None:
+def _find(module: str, name: str, depth: int = 0) -> tuple[str, ast.ClassDef | ast.FunctionDef] | None:
+    """-> (the module whose source defines `name`, its definition)."""
     tree = _tree(module) if depth < 4 else None
     if tree is None:
         return None
     for node in tree.body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
-            return tree, node
+            return module, node
     for node in tree.body:  # imported from elsewhere, as torch.optim.AdamW is
         if isinstance(node, ast.ImportFrom) and node.module and any((a.asname or a.name) == name for a in node.names):
             base = (
@@ -96,7 +97,7 @@ def _arguments(node: ast.FunctionDef, skip: int) -> Signature:
     return Signature({p.name: p for p in params}, a.kwarg is not None)
 
 
-def _constructor(tree: ast.Module, node: ast.ClassDef, module: str) -> Signature:
+def _constructor(node: ast.ClassDef, module: str) -> Signature:
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             return _arguments(item, skip=1)
@@ -104,7 +105,7 @@ def _constructor(tree: ast.Module, node: ast.ClassDef, module: str) -> Signature
     takes_any = False
     for base in reversed(node.bases):
         if isinstance(base, ast.Name) and (found := _find(module, base.id)) and isinstance(found[1], ast.ClassDef):
-            inherited = _constructor(found[0], found[1], module)
+            inherited = _constructor(found[1], found[0])
             params |= inherited.params
             takes_any |= inherited.open
     decorator = next((d for d in node.decorator_list if "dataclass" in ast.unparse(d)), None)
@@ -155,7 +156,7 @@ def fits_node(value: Any, node: ast.expr) -> bool:
         if name in ("list", "tuple"):
             first = inner.elts[0] if isinstance(inner, ast.Tuple) else inner
             return isinstance(value, list) and all(fits_node(v, first) for v in value)
-        return not isinstance(value, (str, int, float, list)) if name in ("dict", "Callable") else True
+        return isinstance(value, dict) if name in ("dict", "Callable") else True
     match ast.unparse(node).rpartition(".")[2]:
         case "bool":
             return isinstance(value, bool)

@@ -55,30 +55,30 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@functools.lru_cache(maxsize=32)
-def rope_table(length: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles of positions 0..length-1: two (length, dim/2) fp32 tensors. Memoised: the layers of a
-    model ask for the same table at every step."""
-    # A table made under inference_mode could not be saved for a later backward.
+@functools.lru_cache(maxsize=8)
+def rope_angles(positions: Tensor | int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos (..., T, dim) and sin with the sign of the half they meet, fp32, for positions (B, T) or the number T of them
+    from 0 on. Memoised by the identity of `positions`: the layers of a model ask for the same ones."""
+    # What is made under inference_mode could not be saved for a later backward.
     with torch.inference_mode(False), torch.no_grad():
         inverse = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-        angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * inverse
-        return angles.cos(), angles.sin()
+        if isinstance(positions, int):
+            angles = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * inverse
+        else:
+            angles = positions[:, None, :, None].float() * inverse
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rope(x: Tensor, positions: Tensor | None, theta: float) -> Tensor:
     """Rotary embedding (Su et al. 2021), half layout. x (B, H, T, D), positions (B, T) or None for 0..T-1 -> like x.
 
     A pure function of its arguments: there is no buffer to repair after a meta-device initialisation."""
-    D = x.shape[-1]
-    if positions is None:
-        cos, sin = rope_table(x.shape[-2], D, theta, x.device)
-    else:
-        inverse = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
-        angles = positions[:, None, :, None].float() * inverse
-        cos, sin = angles.cos(), angles.sin()
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    T, D = x.shape[-2:]
+    cos, sin = rope_angles(T if positions is None else positions, D, theta, x.device)
+    y = x.float()
+    a, b = y.chunk(2, dim=-1)
+    return torch.addcmul(y * cos, torch.cat((b, a), -1), sin).to(x.dtype)
 
 
 def sinusoid(positions: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,487 @@
+"""The models: against Hugging Face's, against naive formulas, and what must hold of every part."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+
+from etude.config import CONF, build, check
+from etude.model import gqa, head, mlp, parts
+from etude.model.transformer import Transformer
+
+V = 61
+
+
+def made(model: str, *overrides: str, vocab_size: int = V, seed: int = 0) -> Transformer:
+    """A small model as conf/ describes it, with weights large enough that logits differ."""
+    small = ["model.dim=32", "model.n_layers=2", "model.max_len=32", "model.attn.n_heads=4", "model.init_std=0.2"]
+    kv = ["model.attn.n_kv_heads=2"] if model == "dense" else []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = check(compose("train", overrides=[f"model={model}", *small, *kv, *overrides]), "train")
+    torch.manual_seed(seed)
+    made = build(cfg["model"], vocab_size)
+    made.init_weights()
+    for name, p in made.named_parameters():  # norms and biases too, or a wrong one would not show
+        if p.dim() == 1:
+            p.data += 0.3 * torch.randn_like(p) if "norm" in name else 0.1 * torch.randn_like(p)
+    return made.eval()
+
+
+def tokens(B: int = 3, T: int = 20, seed: int = 1) -> Tensor:
+    return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- Hugging Face's models with the same weights
+
+
+def llama(model: Transformer) -> tuple[Any, dict[str, Tensor]]:
+    """LlamaForCausalLM with the weights of a dense `model`; -> it and its parameters under our names."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    attn, ffn = model.blocks[0].attn, model.blocks[0].ffn
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=model.vocab_size, hidden_size=model.dim, intermediate_size=ffn.up.out_features, num_hidden_layers=model.n_layers,
+            num_attention_heads=attn.n_heads, num_key_value_heads=attn.n_kv_heads, max_position_embeddings=64, rms_norm_eps=1e-6,
+            tie_word_embeddings=model.head.weight is model.embed.weight, bos_token_id=None, eos_token_id=None,
+        )
+    ).eval()  # fmt: skip
+    names = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+    inner = {
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+        "attn.v": "self_attn.v_proj", "attn.out": "self_attn.o_proj", "ffn.gate": "mlp.gate_proj", "ffn.up": "mlp.up_proj", "ffn.out": "mlp.down_proj",
+    }  # fmt: skip
+    for i in range(model.n_layers):
+        names |= {f"blocks.{i}.{ours}": f"model.layers.{i}.{other}" for ours, other in inner.items()}
+    their = dict(theirs.named_parameters())
+    same = {name: their[names[name.removesuffix(".weight")] + ".weight"] for name, _ in model.named_parameters()}
+    assert len(same) == len(their)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            same[name].copy_(p)
+    return theirs, same
+
+
+def gpt2(model: Transformer) -> tuple[Any, dict[str, Tensor]]:
+    """GPT2LMHeadModel with the weights of a `model` of model=gpt; -> it and a way to read its gradients under our names."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=model.vocab_size, n_positions=model.max_len, n_embd=model.dim, n_layer=model.n_layers, n_head=model.blocks[0].attn.n_heads,
+            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None,
+        )
+    ).eval()  # fmt: skip
+    t = theirs.transformer
+    same: dict[str, Tensor] = {"embed.weight": t.wte.weight, "pos_embed.weight": t.wpe.weight}
+
+    def put(ours: str, module: nn.Module) -> None:
+        for leaf in ("weight", "bias"):
+            same[f"{ours}.{leaf}"] = getattr(module, leaf)
+
+    put("norm", t.ln_f)
+    for i, block in enumerate(t.h):
+        put(f"blocks.{i}.attn_norm", block.ln_1)
+        put(f"blocks.{i}.ffn_norm", block.ln_2)
+        put(f"blocks.{i}.attn.qkv", block.attn.c_attn)
+        put(f"blocks.{i}.attn.out", block.attn.c_proj)
+        put(f"blocks.{i}.ffn.up", block.mlp.c_fc)
+        put(f"blocks.{i}.ffn.out", block.mlp.c_proj)
+    ours = joined({n: p.detach() for n, p in model.named_parameters()})
+    assert ours.keys() == same.keys() and len(same) == len(list(theirs.parameters()))
+    with torch.no_grad():
+        for name, p in same.items():
+            p.copy_(ours[name])
+    return theirs, same
+
+
+def joined(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors as GPT-2 has them: q, k and v side by side, linear weights of blocks transposed."""
+    out = {n: t for n, t in named.items() if ".attn.q." not in n and ".attn.k." not in n and ".attn.v." not in n}
+    for name in [n for n in named if ".attn.q." in n]:
+        out[name.replace(".q.", ".qkv.")] = torch.cat([named[name.replace(".q.", f".{x}.")] for x in "qkv"])
+    return {n: t.T if t.dim() == 2 and n.startswith("blocks") else t for n, t in out.items()}
+
+
+def compare(model: Transformer, theirs: Any, same: dict[str, Tensor], as_theirs=lambda named: named) -> None:
+    ids = tokens()
+    targets = tokens(seed=2)
+    targets[0, :7] = -100
+    logits = theirs(input_ids=ids).logits
+    torch.testing.assert_close(model(ids), logits, rtol=1e-5, atol=1e-5)
+    scores, aux = model(ids, targets=targets)
+    assert aux is None
+    (-scores.logprob.sum()).backward()
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum").backward()
+    for name, grad in as_theirs({n: p.grad for n, p in model.named_parameters()}).items():
+        torch.testing.assert_close(grad, same[name].grad, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_dense_is_llama(tied: str) -> None:
+    """RMSNorm, RoPE's layout, grouped heads, SwiGLU, tied head: logits and every gradient."""
+    model = made("dense", f"model.tied={tied}")
+    compare(model, *llama(model))
+
+
+def test_gpt_is_gpt2() -> None:
+    """LayerNorm, learned positions, biases, GELU."""
+    model = made("gpt", "model.ffn.activation=gelu_tanh")
+    compare(model, *gpt2(model), joined)
+
+
+# ---------------------------------------------------------------- the head
+
+
+def naive(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    z = F.linear(x, weight).float()
+    logp = z.log_softmax(-1)
+    valid = targets >= 0
+    picked = logp.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+    return tuple(t * valid for t in (picked, z.logsumexp(-1), logp.mean(-1), -(logp.exp() * logp).sum(-1)))
+
+
+@pytest.mark.parametrize("chunk", [head.CHUNK, 5 * V, 1])
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+def test_scores_and_their_gradients(chunk: int, ignored: str) -> None:
+    """Every output, and gradients through each alone and all together, against autograd of the plain formula; in chunks
+    that do not divide the rows, and row by row."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(2, 7, 8), torch.randn(V, 8), torch.randint(0, V, (2, 7))
+    targets[{"none": torch.zeros(2, 7), "some": torch.rand(2, 7) < 0.4, "all": torch.ones(2, 7)}[ignored].bool()] = -100
+    for used in ([0], [1], [2], [0, 1, 2]):
+        grads = []
+        for f in (lambda *a: head.scores(*a, chunk=chunk), naive):
+            a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+            outs = f(a, w, targets)
+            generator = torch.Generator().manual_seed(3)
+            sum((outs[i] * torch.randn(2, 7, generator=generator)).sum() for i in used).backward()
+            grads.append((outs, a.grad, w.grad))
+        for mine, reference in zip(grads[0][0], grads[1][0]):
+            torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+            assert mine.shape == (2, 7) and mine.dtype == torch.float32
+        torch.testing.assert_close(grads[0][1:], grads[1][1:], rtol=1e-5, atol=1e-5)
+    assert not grads[0][0][3].requires_grad  # entropy is a metric
+
+
+def test_chunks_change_nothing() -> None:
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(3, 11, 16), torch.randn(V, 16), torch.randint(0, V, (3, 11))
+    results = []
+    for chunk in (head.CHUNK, 4 * V):
+        a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        s = head.scores(a, w, targets, chunk=chunk)
+        (s.logprob.sum() + 0.1 * s.logz.square().sum() + s.mean_logprob.sum()).backward()
+        results.append([*s, a.grad, w.grad])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-5)
+
+
+def test_logits_are_never_held_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a large vocabulary no product, forward or backward, may exceed the chunk, nor may one be kept in between."""
+    B, T, D, big, chunk = 4, 64, 8, 50_000, 500_000
+    sizes = []
+
+    def linear(x: Tensor, w: Tensor) -> Tensor:
+        z = x @ w.T
+        sizes.append(z.numel())
+        return z
+
+    monkeypatch.setattr(head.F, "linear", linear)
+    x, w = torch.randn(B, T, D, requires_grad=True), torch.randn(big, D, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        s = head.scores(x, w, torch.randint(0, big, (B, T)), chunk=chunk)
+    forward = len(sizes)
+    s.logprob.sum().backward()
+    assert max(sizes) <= chunk and sum(sizes[:forward]) == B * T * big == sum(sizes[forward:])
+    assert max(kept) <= w.numel()
+
+
+def test_scores_under_autocast() -> None:
+    """Products in bf16, all after them in fp32; gradients come in the parameters' dtype."""
+    torch.manual_seed(0)
+    x, w, targets = torch.randn(2, 9, 32, requires_grad=True), torch.randn(V, 32, requires_grad=True), tokens(2, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        s = head.scores(x, w, targets)
+    s.logprob.sum().backward()
+    rounded = naive(x.detach().bfloat16(), w.detach().bfloat16(), targets)
+    torch.testing.assert_close(s.logprob, rounded[0])
+    assert s.logprob.dtype == x.grad.dtype == w.grad.dtype == torch.float32
+    a, b = x.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    naive(a, b, targets)[0].sum().backward()
+    for got, expected in ((x.grad, a.grad), (w.grad, b.grad)):
+        assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+# ---------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("model", ["dense", "gpt"])
+def test_no_token_sees_the_future(model: str) -> None:
+    m, ids = made(model), tokens(1, 16)
+    before = m(ids)
+    for t in (1, 8, 15):
+        changed = ids.clone()
+        changed[0, t] = (changed[0, t] + 1) % V
+        after = m(changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t])
+        assert not torch.allclose(after[:, t:], before[:, t:], atol=1e-3)
+
+
+def test_documents_are_isolated() -> None:
+    """Packed documents give the logits and gradients they give alone (RoPE is relative: no new positions needed)."""
+    m = made("dense")
+    lengths = [5, 1, 9, 3]
+    ids, targets = tokens(1, sum(lengths)), tokens(1, sum(lengths), seed=5)
+    doc_ids = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    logits = m(ids, doc_ids=doc_ids)
+    m(ids, targets=targets, doc_ids=doc_ids)[0].logprob.sum().backward()
+    packed = {n: p.grad.clone() for n, p in m.named_parameters()}
+    m.zero_grad()
+    for piece, target, expected in zip(ids.split(lengths, 1), targets.split(lengths, 1), logits.split(lengths, 1)):
+        torch.testing.assert_close(m(piece), expected, rtol=1e-5, atol=1e-5)
+        m(piece, targets=target)[0].logprob.sum().backward()
+    for name, p in m.named_parameters():
+        torch.testing.assert_close(p.grad, packed[name], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(m(ids)[:, 5:], logits[:, 5:], atol=1e-2), "the mask had no effect"
+
+
+def test_plain_training_makes_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A (T, T) mask would keep every flash kernel away."""
+    calls = []
+    real = F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, **how):
+        calls.append((attn_mask, how["is_causal"]))
+        return real(q, k, v, attn_mask=attn_mask, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    for model in ("dense", "gpt"):
+        m = made(model).train()
+        m(tokens(), targets=tokens())[0].logprob.sum().backward()
+    assert len(calls) == 4 and all(mask is None and causal for mask, causal in calls)
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_heads_against_a_loop(n_kv_heads: int | None, dtype: torch.dtype) -> None:
+    """Query head h looks with key head h // (n_heads / n_kv_heads); head_dim need not be dim / n_heads."""
+    torch.manual_seed(0)
+    attn = gqa.GQA(
+        24, 0, n_heads=4, n_kv_heads=n_kv_heads, head_dim=8, rope_theta=None, bias=True, dropout=0.0
+    ).to(dtype)  # fmt: skip
+    x = torch.randn(2, 6, 24).to(dtype)
+    kv = n_kv_heads or 4
+    q, k, v = (f(x).float().view(2, 6, -1, 8) for f in (attn.q, attn.k, attn.v))
+    assert k.shape[2] == kv and attn.cache_shape() == (kv, 8, 8)
+    rows = torch.zeros(2, 6, 4, 8)
+    for b, t, h in itertools.product(range(2), range(6), range(4)):
+        g = h // (4 // kv)
+        w = torch.softmax(k[b, : t + 1, g] @ q[b, t, h] / math.sqrt(8), 0)
+        rows[b, t, h] = w @ v[b, : t + 1, g]
+    expected = attn.out(rows.flatten(2).to(dtype))
+    close = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(attn(x), expected, **close)
+
+
+def test_rope_turns_pairs_and_is_relative() -> None:
+    """Against complex multiplication; inner products depend on the distance alone; given positions count."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 10, 8)
+    angle = torch.arange(10)[:, None] * 500.0 ** (-torch.arange(0, 8, 2) / 8)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(10, 4), angle.float())
+    expected = torch.cat((turned.real, turned.imag), -1)
+    torch.testing.assert_close(parts.rope(x, None, 500.0), expected)
+    at = torch.arange(10)[None].expand(2, -1)
+    torch.testing.assert_close(parts.rope(x, at, 500.0), expected)
+    a, b = (torch.randn(1, 1, 1, 8).expand(1, 1, 10, 8) for _ in range(2))
+    near = (parts.rope(a, at[:1], 1e4) * parts.rope(b, at[:1] + 3, 1e4)).sum(-1)
+    torch.testing.assert_close(near, near[..., :1].expand_as(near))
+    with torch.inference_mode():
+        parts.rope(x[:, :, :7], None, 77.0)
+    y = x[:, :, :7].clone().requires_grad_()
+    parts.rope(y, None, 77.0).sum().backward()  # the memoised table may come from inference mode
+
+
+def test_positions_that_are_added() -> None:
+    """Sinusoids as in the paper; both kinds follow the positions that are given."""
+    found = parts.sinusoid(torch.arange(5), 6)
+    for p, i in itertools.product(range(5), range(3)):
+        angle = p / 10000 ** (2 * i / 6)
+        assert found[p, 2 * i : 2 * i + 2].tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-6)
+    for pos in ("learned", "sinusoidal"):
+        m, ids = made("gpt", f"model.pos={pos}"), tokens(2, 8)
+        where = torch.arange(8)[None].expand(2, -1)
+        torch.testing.assert_close(m(ids, positions=where), m(ids))
+        assert not torch.allclose(m(ids, positions=where + 3), m(ids), atol=1e-2)
+        assert m.position_limit == (32 if pos == "learned" else None)
+
+
+# ---------------------------------------------------------------- dropout, activation checkpointing
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(100_003,), (3, 7, 5000)])
+def test_dropout(p: float, shape: tuple[int, ...]) -> None:
+    """Rate and expectation within 5 standard deviations, the backward mask is the forward one, nothing at evaluation."""
+    torch.manual_seed(0)
+    x = torch.full(shape, 2.0, requires_grad=True)
+    y = parts.dropout(x, p, True)
+    n = x.numel()
+    kept = y != 0
+    assert abs(kept.float().mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n) + 1e-5
+    scale = 65536 / (65536 - round(p * 65536))
+    torch.testing.assert_close(y.detach(), kept * 2.0 * scale)
+    grad = torch.rand(shape)
+    y.backward(grad)
+    torch.testing.assert_close(x.grad, grad * kept * scale)
+    neighbours = (kept.flatten()[1:] & kept.flatten()[:-1]).float().mean()
+    assert abs(neighbours - (1 - p) ** 2) < 10 / math.sqrt(n), "neighbouring lanes are not independent"
+    assert parts.dropout(x, p, False) is x and parts.dropout(x, 0.0, True) is x
+    torch.manual_seed(0)
+    assert torch.equal(parts.dropout(x, p, True), y)
+    assert not torch.equal(parts.dropout(x, p, True), y)
+
+
+def test_every_dropout_is_in_its_place() -> None:
+    """Each of the three acts in training and alone; at evaluation none does."""
+    ids = tokens()
+    for name in ("model.dropout", "model.attn.dropout", "model.ffn.dropout"):
+        for model in ("dense", "gpt"):
+            m, plain = made(model, f"{name}=0.5"), made(model)
+            torch.testing.assert_close(m(ids), plain(ids))
+            m.train()
+            torch.manual_seed(0)
+            first = m(ids)
+            torch.manual_seed(0)
+            assert torch.equal(m(ids), first) and not torch.equal(m(ids), first), name
+
+
+@pytest.mark.parametrize("model", ["dense", "gpt"])
+def test_activation_checkpointing_changes_nothing(model: str) -> None:
+    """The forward that is done again must draw the same dropout."""
+    drop = ["model.dropout=0.2", "model.attn.dropout=0.2", "model.ffn.dropout=0.2"]
+    found = []
+    for on in ("false", "true"):
+        m = made(model, f"model.checkpoint={on}", *drop).train()
+        torch.manual_seed(7)
+        s, _ = m(tokens(), targets=tokens(seed=2))
+        s.logprob.sum().backward()
+        found.append([s.logprob.detach(), *(p.grad for p in m.parameters())])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)
+
+
+# ---------------------------------------------------------------- of every model
+
+
+def every_model() -> list[list[str]]:
+    return [
+        [model, f"model/ffn={ffn}", f"model/norm={norm}", f"model.tied={tied}"]
+        for model, ffn, norm, tied in itertools.product(("dense", "gpt"), ("swiglu", "mlp"), ("rmsnorm", "layernorm"), ("true", "false"))
+    ]
+
+
+@pytest.mark.parametrize("choice", every_model(), ids="-".join)
+def test_rules_of_every_model(choice: list[str]) -> None:
+    """Nothing shared but tied embeddings; a plan for tensor parallelism; every parameter initialised, from any device."""
+    m = made(*choice)
+    tied = choice[-1].endswith("true")
+    names: dict[int, list[str]] = {}
+    for name, p in m.named_parameters(remove_duplicate=False):
+        names.setdefault(p.data_ptr(), []).append(name)
+    shared = [n for n in names.values() if len(n) > 1]
+    assert shared == ([["embed.weight", "head.weight"]] if tied else [])
+    assert m.n_params() == sum(p.numel() for p in m.parameters())
+    for name, module in m.named_modules():
+        own = {n for n, child in module.named_children() if isinstance(child, nn.Linear)}
+        if own:
+            plan = module.tp_plan
+            assert own <= plan.keys() and set(plan.values()) <= {"col", "row", "replicate"}, name
+        if type(module).__module__.startswith("etude") and list(module.parameters(recurse=False)):
+            assert {n for n, _ in module.named_parameters(recurse=False)} <= module.tp_plan.keys(), name
+    with torch.device("meta"):
+        empty = Transformer.__new__(Transformer)
+        nn.Module.__init__(empty)
+        empty = build_like(choice)
+    empty.to_empty(device="cpu")
+    for p in empty.parameters():
+        p.data.fill_(math.nan)
+    empty.init_weights()
+    assert all(p.isfinite().all() for p in empty.parameters())
+    assert torch.isfinite(empty(tokens())).all()
+
+
+def build_like(choice: list[str]) -> Transformer:
+    model, *overrides = choice
+    small = ["model.dim=32", "model.n_layers=2", "model.max_len=32", "model.attn.n_heads=4", *overrides]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return build(check(compose("train", overrides=[f"model={model}", *small]), "train")["model"], V)
+
+
+@pytest.mark.parametrize("model", ["dense", "gpt"])
+def test_initialisation_is_the_table(model: str) -> None:
+    """Standard deviations of what is drawn, by name; means 0; biases 0; norms 1."""
+    small = [f"model={model}", "model.dim=128", "model.n_layers=3", "model.attn.n_heads=4", "model.tied=false"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = check(compose("train", overrides=small), "train")["model"]
+    for std, expected in ((None, 0.02 * math.sqrt(768 / 128)), (0.05, 0.05)):
+        torch.manual_seed(0)
+        m = build(node | {"init_std": std}, 500)
+        m.init_weights()
+        for name, p in m.named_parameters():
+            if name.endswith("bias"):
+                assert (p == 0).all(), name
+            elif "norm" in name:
+                assert (p == 1).all(), name
+            else:
+                wanted = expected / math.sqrt(6) if name.endswith(".out.weight") else expected
+                assert p.std().item() == pytest.approx(wanted, rel=5 / math.sqrt(2 * p.numel()) + 0.005), name
+                assert abs(p.mean().item()) < 5 * wanted / math.sqrt(p.numel()), name
+
+
+def test_counts_by_hand() -> None:
+    """Parameters and FLOPs of tiny models, written out."""
+    ffn = 96  # 8/3 of 32, rounded up to a multiple of 32
+    block = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * ffn + 2 * 32
+    attention = 12 * 32 * 20  # 12 H D_h T
+    for tied in (True, False):
+        m = made("dense", f"model.tied={str(tied).lower()}")
+        n = V * 32 * (1 if tied else 2) + 2 * block + 32
+        assert m.n_params() == n
+        assert m.flops_per_token(20) == 6 * (V * 32 + 2 * block + 32) + 2 * attention
+    m = made("gpt")
+    block = 4 * (32 * 32 + 32) + 2 * 32 * 128 + 128 + 32 + 4 * 32
+    assert m.n_params() == V * 32 + 32 * 32 + 2 * block + 64
+    assert m.flops_per_token(20) == 6 * (V * 32 + 2 * block + 64) + 2 * attention
+
+
+def test_sizes_that_are_derived() -> None:
+    ffn = {"activation": "silu", "bias": False, "dropout": 0.0}
+    for dim, hidden in ((32, 96), (96, 256), (100, 288), (768, 2048)):
+        assert mlp.GatedMLP(dim, 0, hidden=None, **ffn).up.out_features == hidden
+    assert mlp.MLP(10, 0, hidden=None, **ffn).up.out_features == 40
+    assert mlp.GatedMLP(10, 0, hidden=7, **ffn).up.out_features == 7
+
+
+def test_norms_against_their_formulas() -> None:
+    """Also for bf16, where the mean of squares would lose digits."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 50) * 3 + 1
+    rms, layer, bare = parts.RMSNorm(50, eps=1e-6), parts.LayerNorm(50, eps=1e-5), parts.LayerNorm(50, bias=False)
+    for norm in (rms, layer, bare):
+        norm.init_weights()
+        norm.weight.data.uniform_(0.5, 2)
+    layer.bias.data.uniform_(-1, 1)
+    torch.testing.assert_close(rms(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * rms.weight)
+    centred = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(layer(x), centred * layer.weight + layer.bias)
+    torch.testing.assert_close(bare(x), centred * bare.weight)
+    half = rms(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and torch.equal(half, rms(x.bfloat16().float()).bfloat16())
