@@ -1,6 +1,7 @@
 """The config: every choice fits its constructor, every mistake is one line that says what to type, before torch."""
 
 import copy
+import dataclasses
 import random
 import re
 import subprocess
@@ -15,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from etude.cli import TEXT_KEYS, flags_first, quote
-from etude.config import CONF, check, check_all, check_targets, nodes
+from etude.config import CONF, Train, check, check_all, check_targets, nodes
 from etude.errors import Refusal
 from etude.signature import fits, signature
 
@@ -71,7 +72,10 @@ BAD = {
     ("stategy=seq",): "unknown key stategy; did you mean strategy?",
     ("model.attn.n_head=4",): "unknown key model.attn.n_head; did you mean model.attn.n_heads?",
     ("optimizer.lr=fast",): "optimizer.lr=fast should be a number",
-    ("model.dim=100", "model.attn.n_heads=3"): "dim=100 is not divisible by n_heads=3; set model.attn.n_heads to a divisor",
+    (
+        "model.dim=100",
+        "model.attn.n_heads=3",
+    ): "dim=100 is not divisible by n_heads=3; set model.attn.n_heads to a divisor",
     ("data=text", "data.path=nowhere"): "data.path=nowhere does not exist .*; give the path of a text file",
     ("data.path=nowhere",): r"unknown key data.path; .*\(path belongs to data=shakespeare and data=text\)",
     ("data=text",): "data.path is missing: type data.path=<a file, a folder or a glob>",
@@ -79,8 +83,12 @@ BAD = {
     ("model/attn=mqa",): "model/attn has no choice 'mqa'; did you mean .*a",
     ("+foo=1",): "unknown key foo",
     ("~optimizer.lr",): "missing optimizer.lr: etude.optim.adamw needs it; type optimizer.lr=<value>",
-    ("+tracker.x._target_=os.system",): r"tracker.x._target_=os.system is outside trusted=\[etude\]; add its package: trusted=\[etude,os\]",
-    ("+tracker.x._target_=etude.track.TensorBord",): "there is no etude.track.TensorBord; did you mean etude.track.TensorBoard?",
+    (
+        "+tracker.x._target_=os.system",
+    ): r"tracker.x._target_=os.system is outside trusted=\[etude\]; add its package: trusted=\[etude,os\]",
+    (
+        "+tracker.x._target_=etude.track.TensorBord",
+    ): "there is no etude.track.TensorBord; did you mean etude.track.TensorBoard?",
     ("+optimizer.nesterov=true",): "unknown key optimizer.nesterov",
     ("tokenizer=file", "tokenizer.path=nope.json"): "there is no tokenizer file nope.json",
     ("model.dim=[1",): "",
@@ -96,7 +104,9 @@ def no_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("overrides", BAD, ids=" ".join)
-def test_mistakes_are_one_line(overrides: tuple[str, ...], etude_run, no_torch: Path, tiny_text: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(
+    overrides: tuple[str, ...], etude_run, no_torch: Path, tiny_text: Path, tmp_path: Path
+) -> None:
     """Exit code 2, one line on stderr with the remedy, nothing on stdout, no torch, no run's folder."""
     more = ["data=text", f"data.path={tiny_text}"] if any(o.startswith("tokenizer") for o in overrides) else []
     done = etude_run(*overrides, *more, f"runs_dir={tmp_path}/runs", before=no_torch)
@@ -115,9 +125,14 @@ def test_help_is_quick(flags: list[str], etude_run, no_torch: Path) -> None:
     assert done.returncode == 0 and done.stderr == "" and time.monotonic() - begun < 5
     shown = yaml.safe_load(done.stdout) if flags[0] == "--cfg" else None
     if shown is None:
-        assert "model: dense, gpt" in done.stdout and "weight_decay: 0.1" in done.stdout and "Try:" in done.stdout
+        assert (
+            re.search("^model: .*dense.*gpt", done.stdout, re.M)
+            and "weight_decay: " in done.stdout
+            and "Try:" in done.stdout
+        )
     else:
-        assert shown["model"]["pos"] == ("learned" if "model=gpt" in flags else "rope") and shown["max_steps"] == 700
+        assert shown["model"]["pos"] == ("learned" if "model=gpt" in flags else "rope")
+        assert shown.keys() >= {f.name for f in dataclasses.fields(Train)}
 
 
 def test_generate_says_what_is_missing(etude_run, no_torch: Path) -> None:
@@ -137,7 +152,7 @@ def test_generate_says_what_is_missing(etude_run, no_torch: Path) -> None:
         ("clip=0", "clip=0"),
         ("keep=1", "keep=1 is too few"),
         ("tag=a/b", "tag=a/b becomes part of a folder's name"),
-        ("micro_batch_size=5", "batch_size=32 is not a multiple of micro_batch_size=5"),
+        ("micro_batch_size=1000003", r"batch_size=\d+ is not a multiple of micro_batch_size=1000003"),
         ("seed=true", "seed=true should be a whole number"),
         ("max_steps=1.5", "max_steps=1.5 should be a whole number or null"),
         ("precision=fp16", "precision=fp16 should be one of auto, fp32, bf16"),
@@ -146,7 +161,7 @@ def test_generate_says_what_is_missing(etude_run, no_torch: Path) -> None:
         ("model.pos=learned", "pos=learned and a rotary attention"),
         ("model.pos=absolute", "model.pos=absolute should be one of rope, learned, sinusoidal"),
         ("model.n_layers=0", "n_layers=0 should be at least 1"),
-        ("model.attn.n_kv_heads=3", "n_heads=8 is not divisible by n_kv_heads=3"),
+        ("model.attn.n_kv_heads=1009", r"n_heads=\d+ is not divisible by n_kv_heads=1009"),
         ("model.attn.head_dim=7", "head_dim=7 is odd"),
         ("model.tied=1", "model.tied=1 should be true or false"),
         ("model.attn=null", "model.attn=null should be a part with a _target_"),
@@ -175,7 +190,9 @@ def test_every_key_of_every_part_is_guarded() -> None:
                 value = there.pop(key)
                 if change == "misspell":
                     there[key[:-1] + "q" + key[-1]] = value
-                with pytest.raises(Refusal, match="did you mean" if change == "misspell" else f"missing {path}.{key}") as caught:
+                with pytest.raises(
+                    Refusal, match="did you mean" if change == "misspell" else f"missing {path}.{key}"
+                ) as caught:
                     check_targets(broken, ["etude"])
                 assert f"{path}.{key}" in str(caught.value)
                 checked += 1
@@ -202,7 +219,9 @@ def test_signatures_are_read_without_importing() -> None:
         "assert 'n_kv_heads' in signature('etude.model.gqa.GQA').params\n"
         "assert not {'torch', 'etude.model', 'etude.model.gqa'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -285,7 +304,11 @@ def test_prompts_hold_any_character() -> None:
 
 def test_quoted_and_null_stay_as_they_are() -> None:
     assert through_grammar("null") is None
-    assert through_grammar("'null'") == "null" and through_grammar('"a b"') == "a b" and through_grammar("'it\\'s'") == "it's"
+    assert (
+        through_grammar("'null'") == "null"
+        and through_grammar('"a b"') == "a b"
+        and through_grammar("'it\\'s'") == "it's"
+    )
     for other in ("model.dim=3", "--help", "-m", "seed=0,1", "~tracker", "+data.path", "optimizer.betas=[0.9,0.95]"):
         assert quote(other) == other
     assert "data.path" in TEXT_KEYS and quote("data.path=a b,c") == "data.path='a b,c'"

@@ -129,7 +129,18 @@ def test_scripts_are_thin() -> None:
 
 def test_checks_and_data_do_not_import_torch() -> None:
     """torch takes a second or more to import: what runs before it must not pull it in, by any path."""
-    light = ["cli", "config", "errors", "text.tokenizer", "data.text", "data.order", "schedule", "parallel", "run", "training"]
+    light = [
+        "cli",
+        "config",
+        "errors",
+        "text.tokenizer",
+        "data.text",
+        "data.order",
+        "schedule",
+        "parallel",
+        "run",
+        "training",
+    ]
     code = "import sys\n" + "".join(
         f"import etude.{name}\nassert 'torch' not in sys.modules, 'etude.{name} imports torch'\n" for name in light
     )

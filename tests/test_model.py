@@ -17,19 +17,24 @@ from etude.model.transformer import Transformer
 V = 61
 
 
-def made(model: str, *overrides: str, vocab_size: int = V, seed: int = 0) -> Transformer:
-    """A small model as conf/ describes it, with weights large enough that logits differ."""
+def uninitialised(model: str, *overrides: str, vocab_size: int = V) -> Transformer:
+    """A small model as conf/ describes it."""
     small = ["model.dim=32", "model.n_layers=2", "model.max_len=32", "model.attn.n_heads=4", "model.init_std=0.2"]
     kv = ["model.attn.n_kv_heads=2"] if model == "dense" else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = check(compose("train", overrides=[f"model={model}", *small, *kv, *overrides]), "train")
+    return build(cfg["model"], vocab_size)
+
+
+def made(model: str, *overrides: str, vocab_size: int = V, seed: int = 0) -> Transformer:
+    """The same with weights large enough that logits differ."""
     torch.manual_seed(seed)
-    made = build(cfg["model"], vocab_size)
-    made.init_weights()
-    for name, p in made.named_parameters():  # norms and biases too, or a wrong one would not show
+    m = uninitialised(model, *overrides, vocab_size=vocab_size)
+    m.init_weights()
+    for name, p in m.named_parameters():  # norms and biases too, or a wrong one would not show
         if p.dim() == 1:
             p.data += 0.3 * torch.randn_like(p) if "norm" in name else 0.1 * torch.randn_like(p)
-    return made.eval()
+    return m.eval()
 
 
 def tokens(B: int = 3, T: int = 20, seed: int = 1) -> Tensor:
@@ -384,7 +389,9 @@ def test_activation_checkpointing_changes_nothing(model: str) -> None:
 def every_model() -> list[list[str]]:
     return [
         [model, f"model/ffn={ffn}", f"model/norm={norm}", f"model.tied={tied}"]
-        for model, ffn, norm, tied in itertools.product(("dense", "gpt"), ("swiglu", "mlp"), ("rmsnorm", "layernorm"), ("true", "false"))
+        for model, ffn, norm, tied in itertools.product(
+            ("dense", "gpt"), ("swiglu", "mlp"), ("rmsnorm", "layernorm"), ("true", "false")
+        )
     ]
 
 
@@ -407,22 +414,13 @@ def test_rules_of_every_model(choice: list[str]) -> None:
         if type(module).__module__.startswith("etude") and list(module.parameters(recurse=False)):
             assert {n for n, _ in module.named_parameters(recurse=False)} <= module.tp_plan.keys(), name
     with torch.device("meta"):
-        empty = Transformer.__new__(Transformer)
-        nn.Module.__init__(empty)
-        empty = build_like(choice)
+        empty = uninitialised(*choice)
     empty.to_empty(device="cpu")
     for p in empty.parameters():
         p.data.fill_(math.nan)
     empty.init_weights()
     assert all(p.isfinite().all() for p in empty.parameters())
     assert torch.isfinite(empty(tokens())).all()
-
-
-def build_like(choice: list[str]) -> Transformer:
-    model, *overrides = choice
-    small = ["model.dim=32", "model.n_layers=2", "model.max_len=32", "model.attn.n_heads=4", *overrides]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return build(check(compose("train", overrides=[f"model={model}", *small]), "train")["model"], V)
 
 
 @pytest.mark.parametrize("model", ["dense", "gpt"])

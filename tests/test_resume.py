@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from running import identity, metrics, run_in, start, tiny, train
 
 LONG = {
-    "max_steps": 240,
+    "max_steps": 200,
     "eval_every": 60,
     "save_every": 20,
     "model__attn__dropout": 0.1,
@@ -21,6 +22,27 @@ LONG = {
     "batch_size": 8,
     "micro_batch_size": 2,
 }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Path]:
+    """The unbroken run of LONG in one process or in two, made once."""
+    made: dict[bool, Path] = {}
+
+    def run(layout: list[str]) -> Path:
+        ddp = "parallel=ddp" in layout
+        if ddp not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            train(*tiny(folder, **LONG), *[o for o in layout if "workers" not in o])
+            made[ddp] = run_in(folder / "runs")
+        return made[ddp]
+
+    return run
+
+
+def resumes(run: Path) -> int:
+    path = run / "meta" / "resumes"
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def lines(run: Path) -> int:
@@ -33,16 +55,14 @@ def lines(run: Path) -> int:
     [["data.workers=0"], ["data.workers=2"], ["parallel=ddp", "parallel.nproc=2"]],
     ids=["plain", "workers", "ddp"],
 )
-def test_kill_nine_and_resume_is_bit_exact(tmp_path: Path, layout: list[str]) -> None:
+def test_kill_nine_and_resume_is_bit_exact(tmp_path: Path, layout: list[str], whole: Callable) -> None:
     """Five kills at random moments change no bit of weights, optimizer or log."""
-    whole = tiny(tmp_path, **LONG, runs_dir=tmp_path / "whole")
-    train(*whole, *layout)
     broken = tmp_path / "broken"
     process = start(*tiny(tmp_path, **LONG, runs_dir=broken), *layout)
     run, chance, kills = run_in(broken), random.Random(7), 0
     while kills < 5:
         before = lines(run)
-        goal = chance.randint(1, 45)
+        goal = chance.randint(1, 38)
         while process.poll() is None and lines(run) < before + goal:
             time.sleep(0.002)
         if process.poll() is not None:
@@ -52,14 +72,14 @@ def test_kill_nine_and_resume_is_bit_exact(tmp_path: Path, layout: list[str]) ->
         process.communicate()
         kills += 1
         process = start(f"resume={run}")
-        time.sleep(0.5)  # until it has cut the log back to its checkpoint, lines() would count the old ones
-        while process.poll() is None and f"resume={run}" and not (run / "meta" / "resumes").exists():
+        # Until it has cut the log back to its checkpoint, lines() would count the old ones.
+        while process.poll() is None and resumes(run) < kills:
             time.sleep(0.02)
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 0, out
     assert kills >= 3
-    assert identity(run) == identity(run_in(tmp_path / "whole"))
-    assert [m["step"] for m in metrics(run)] == list(range(1, 241))
+    assert identity(run) == identity(whole(layout))
+    assert [m["step"] for m in metrics(run)] == list(range(1, 201))
 
 
 def test_ranks_and_micro_batches_give_the_same_losses(tmp_path: Path) -> None:
@@ -76,10 +96,8 @@ def test_ranks_and_micro_batches_give_the_same_losses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name,layout", [("SIGTERM", []), ("SIGINT", []), ("SIGUSR1", ["parallel=ddp"])])
-def test_signals_save_and_exit_3(tmp_path: Path, name: str, layout: list[str]) -> None:
+def test_signals_save_and_exit_3(tmp_path: Path, name: str, layout: list[str], whole: Callable) -> None:
     """A signal ends with a checkpoint of the step it came at, exit code 3, and a run that goes on to the same end."""
-    whole = tiny(tmp_path, **LONG, runs_dir=tmp_path / "whole")
-    train(*whole, *layout)
     process = start(*tiny(tmp_path, **LONG, runs_dir=tmp_path / "broken"), *layout)
     run = run_in(tmp_path / "broken")
     while lines(run) < 30:
@@ -94,7 +112,7 @@ def test_signals_save_and_exit_3(tmp_path: Path, name: str, layout: list[str]) -
     assert state["progress"]["step"] == lines(run)
     train(f"resume={run}")
     assert json.loads((run / "status.json").read_text())["status"] == "completed"
-    assert identity(run) == identity(run_in(tmp_path / "whole"))
+    assert identity(run) == identity(whole(layout))
 
 
 @pytest.fixture(scope="module")

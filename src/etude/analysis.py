@@ -73,8 +73,9 @@ def read_lines(path: Path) -> list[dict]:
     return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
-def _numbers(line: dict) -> dict[str, float]:
-    return {k: v for k, v in line.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+def _numbers(line: Any) -> dict[str, float]:
+    pairs = line.items() if isinstance(line, dict) else ()
+    return {k: v for k, v in pairs if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def samples(run: str | Path) -> "pd.DataFrame":
@@ -96,7 +97,7 @@ def load_runs(pattern: Runs = "runs") -> "pd.DataFrame":
     frame = frame.reindex(columns=core + sorted(rest, key=lambda c: c.startswith(("data/", "config."))))
     for c in frame.columns:
         if c in TIMES:
-            frame[c] = pd.to_datetime(frame[c], errors="coerce", utc=True, format="ISO8601")
+            frame[c] = pd.to_datetime(frame[c].astype("str"), errors="coerce", utc=True, format="ISO8601")
         elif c in COUNTS:
             frame[c] = pd.to_numeric(frame[c], errors="coerce").astype("Int64")
         elif c.startswith(("data/", "config.")):  # with a gap, ints would become floats
@@ -122,7 +123,7 @@ def _row(run: Path) -> dict[str, Any]:
     if not (run / "logs/metrics.jsonl").is_file():
         unreadable.append("logs/metrics.jsonl")
     lines = [_numbers(line) for line in read_lines(run / "logs/metrics.jsonl")]
-    last = {k: v for line in [_numbers(status.get("metrics") or {}), *lines] for k, v in line.items()}
+    last = {k: v for line in [_numbers(status.get("metrics")), *lines] for k, v in line.items()}
     rates = [line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line]
     losses = [(line["val/loss"], line["step"]) for line in lines if not math.isnan(line.get("val/loss", math.nan))]
     best, best_step = min(losses, default=(None, None))
@@ -266,7 +267,8 @@ def _need(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise Refusal(f'{error.name} is not installed: pip install "etude[analysis]"') from None
+        missing = (error.name or module).partition(".")[0]
+        raise Refusal(f'{missing} is not installed: pip install "etude[analysis]"') from None
 
 
 def main(arguments: list[str]) -> int:

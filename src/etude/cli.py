@@ -1,5 +1,6 @@
 """The scripts' way in: compose the config, check it, run, and turn what went wrong into one line and an exit code."""
 
+import errno
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from etude.config import CONF, check, groups
-from etude.errors import EtudeError, Interrupted, Refusal
+from etude.errors import EtudeError, Interrupted, Refusal, StorageFault
 from etude.signature import did_you_mean
 
 # Values that are free text: quoted for Hydra's grammar on the way in, so that a prompt may hold any character.
@@ -73,17 +74,24 @@ def _run(script: str, task: Callable[[dict], int | None]) -> int:
     return next((c for c in codes if c), 0)
 
 
-def guard(action: Callable[[], int | None]) -> int:
+def guard(action: Callable[[], int | None], quiet: bool = False) -> int:
     """Run `action`; -> its exit code, or that of the error it raised, which is printed: one line for what the user can
-    act on, the traceback for a bug."""
+    act on, the traceback for a bug. `quiet` leaves out the lines, not the tracebacks."""
     try:
         return action() or 0
     except EtudeError as error:
-        print(f"{type(error).__name__.lower() if error.code != 2 else 'error'}: {error}", file=sys.stderr)
+        if not quiet:
+            print(f"{'stopped' if error.code == Interrupted.code else 'error'}: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return Interrupted.code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES):
+            traceback.print_exc()
+            return 1
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return StorageFault.code
     except Exception:
         traceback.print_exc()
         return 1
@@ -107,9 +115,9 @@ def quote(argument: str) -> str:
     return f"{key}='{value}'"
 
 
-def _claim_sweep(name: str) -> str:
-    """A fresh folder runs/sweeps/<stamp>_<name>, however many sweeps start in the same second."""
-    base = f"runs/sweeps/{time.strftime('%Y%m%d_%H%M%S')}" + (f"_{name}" if name else "")
+def _claim_sweep(runs_dir: str, name: str) -> str:
+    """A fresh folder <runs_dir>/sweeps/<stamp>_<name>, however many sweeps start in the same second."""
+    base = f"{runs_dir}/sweeps/{time.strftime('%Y%m%d_%H%M%S')}" + (f"_{name}" if name else "")
     for i in range(1, 10000):
         folder = base if i == 1 else f"{base}_{i}"
         try:

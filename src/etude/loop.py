@@ -166,7 +166,7 @@ def fit(
             if world.rank == 0:
                 if values:
                     tracker.scalars(done, values)
-                    status.beat(done, values)
+                    status.beat(done, progress.seconds, values)
                 display.update(done, steps, values, logged=bool(values))
             if due(done, settings["sample_every"]) and not last:
                 sample(done)

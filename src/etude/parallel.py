@@ -187,6 +187,11 @@ def _wait(children: list, grace: float = 15.0) -> int:
     return told[0] if told else next((1 if c < 0 else c for c in codes if c), 0)
 
 
+def rank() -> int:
+    """This process's rank by what its launcher set; 0 without one."""
+    return int(os.environ.get("RANK", 0))
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

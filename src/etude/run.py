@@ -170,16 +170,23 @@ class Status:
         self.path = folder / "status.json"
         self.summary = folder / "summary.txt"
         self._written = 0.0
-        self.fields: dict[str, Any] = {"status": "running", "pid": os.getpid(), "started": _now()}
+        before: dict[str, Any] = {}
+        if self.path.exists():  # a resume goes on with what was known
+            before = {
+                k: v
+                for k, v in json.loads(self.path.read_text()).items()
+                if k in ("started", "step", "seconds", "metrics")
+            }
+        self.fields: dict[str, Any] = {"started": _now(), **before, "status": "running", "pid": os.getpid()}
 
-    def beat(self, step: int, metrics: dict[str, Any], every: float = 5.0) -> None:
-        """Heartbeat and last metrics, written at most once in `every` seconds."""
-        self.fields |= {"step": step, "metrics": self.fields.get("metrics", {}) | metrics}
+    def beat(self, step: int, seconds: float, metrics: dict[str, Any], every: float = 5.0) -> None:
+        """Heartbeat, seconds spent training and last metrics, written at most once in `every` seconds."""
+        self.fields |= {"step": step, "seconds": seconds, "metrics": self.fields.get("metrics", {}) | metrics}
         if time.monotonic() - self._written > every:
             self.write()
 
-    def end(self, status: str, error: str | None = None, exit_code: int = 0) -> None:
-        self.fields |= {"status": status, "exit_code": exit_code, "ended": _now()}
+    def end(self, status: str, step: int, error: str | None = None, exit_code: int = 0) -> None:
+        self.fields |= {"status": status, "step": step, "exit_code": exit_code, "ended": _now()}
         if error:
             self.fields["error"] = error
         self.write()

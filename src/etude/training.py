@@ -16,6 +16,7 @@ from etude import config as conf
 from etude import run as runs
 from etude.data.text import Prepared, TextData, prepare
 from etude.errors import EtudeError, Interrupted, Refusal
+from etude.parallel import rank as parallel_rank
 
 # torch is imported by `work` alone: bad input is refused before, and a launcher of processes never needs it.
 
@@ -65,7 +66,8 @@ def sweep_job() -> tuple[str, int, str] | None:
 def work(cfg: dict, overrides: list[str], data: TextData, prepared: Prepared, job: tuple[str, int, str] | None) -> int:
     """One process of a run. -> exit code."""
     parallel = conf.build(cfg["parallel"])
-    return cli.guard(lambda: _work(cfg, overrides, data, prepared, job, parallel))
+    first = parallel_rank() == 0  # what is refused is refused on every rank: one of them says it
+    return cli.guard(lambda: _work(cfg, overrides, data, prepared, job, parallel), quiet=not first)
 
 
 def _work(
@@ -373,7 +375,7 @@ class Session:
             if main:
                 self.export()
                 display.stop()
-                status.end("completed")
+                status.end("completed", self.progress.step)
                 text = self.end_summary(reason, status)
                 status.summarize(text)
                 display.say("\n".join(text))
@@ -383,7 +385,12 @@ class Session:
                 stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
                 why = str(error) if isinstance(error, EtudeError) else traceback.format_exc()
                 with contextlib.suppress(EtudeError, OSError):  # a full disk must not hide the first error
-                    status.end("interrupted" if stopped else "failed", why, getattr(error, "code", 3 if stopped else 1))
+                    status.end(
+                        "interrupted" if stopped else "failed",
+                        self.progress.step,
+                        why,
+                        getattr(error, "code", 3 if stopped else 1),
+                    )
                     status.summarize([f"step {self.progress.step}"])
             raise
         finally:

@@ -54,12 +54,12 @@ class _Layer:
         """Store k and v (B, H_kv, T, D) and let q (B, H, T, D) look at them and at all before -> (B, H, T, D_v)."""
         same, T = self.owner._same, q.shape[2]
         if same is not None:
-            self.k[:, :, same : same + T] = k
-            self.v[:, :, same : same + T] = v
+            self.k.narrow(2, same, T).copy_(k)
+            self.v.narrow(2, same, T).copy_(v)
             if same == 0:
                 return parts.sdpa(q, k, v, None, scale)
             if T == 1:
-                keys, values = self.k[:, :, : same + 1], self.v[:, :, : same + 1]
+                keys, values = self.k.narrow(2, 0, same + 1), self.v.narrow(2, 0, same + 1)
                 return F.scaled_dot_product_attention(q, keys, values, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
             end = same + T
         else:

@@ -62,10 +62,11 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | N
 def draw(logits: Tensor, sampling: Sampling, choices: list[int], positions: list[int]) -> Tensor:
     """logits (B, V) -> tokens (B,). Row b is choice choices[b] of its prompt, at its new token number positions[b].
     Raises NonFinite if a logit is NaN."""
-    if logits.isnan().any():
+    best, likeliest = logits.max(-1)
+    if best.isnan().any():  # max takes a NaN for the largest
         raise NonFinite("the model's logits are NaN: its weights are damaged or overflow in this dtype; try dtype=fp32")
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return likeliest
     p, ids = distribution(logits, sampling)
     keys = mix(sampling.seed, np.array(choices), np.array(positions))
     u = torch.from_numpy((keys >> np.uint64(11)).astype(np.float64) * 2.0**-53).to(p.device)

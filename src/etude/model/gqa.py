@@ -28,7 +28,7 @@ class GQA(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        self.check(dim, n_heads, n_kv_heads, head_dim, rope_theta)
+        self.check(dim, n_heads, n_kv_heads, head_dim, rope_theta, dropout)
         n_kv_heads = n_kv_heads or n_heads
         self.head_dim = head_dim or dim // n_heads
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
@@ -39,8 +39,12 @@ class GQA(nn.Module):
         self.out = nn.Linear(n_heads * self.head_dim, dim, bias=bias)
 
     @staticmethod
-    def check(dim: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None, rope_theta: float | None) -> None:
+    def check(
+        dim: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None, rope_theta: float | None, dropout: float
+    ) -> None:
         """Raises ValueError for settings that do not fit together; config.py runs it before torch is imported."""
+        if not 0 <= dropout < 1:
+            raise ValueError(f"model.attn.dropout={dropout} should be at least 0 and below 1")
         if n_heads < 1 or (head_dim is None and dim % n_heads):
             raise ValueError(
                 f"dim={dim} is not divisible by n_heads={n_heads}; set model.attn.n_heads to a divisor of {dim}"

@@ -23,10 +23,19 @@ class MLP(nn.Module):
         dropout: float,
     ):
         super().__init__()
+        self.check(hidden, dropout)
         hidden = hidden or 4 * dim
         self.act, self.dropout = parts.ACTIVATIONS[activation], dropout
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.out = nn.Linear(hidden, dim, bias=bias)
+
+    @staticmethod
+    def check(hidden: int | None, dropout: float) -> None:
+        """Raises ValueError for settings out of range; config.py runs it before torch is imported."""
+        if not 0 <= dropout < 1:
+            raise ValueError(f"model.ffn.dropout={dropout} should be at least 0 and below 1")
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"model.ffn.hidden={hidden} should be at least 1")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D) -> ((B, T, D), None)."""
@@ -50,11 +59,20 @@ class GatedMLP(nn.Module):
         dropout: float,
     ):
         super().__init__()
+        self.check(hidden, dropout)
         hidden = hidden or -(-8 * dim // 3 // 32) * 32
         self.act, self.dropout = parts.ACTIVATIONS[activation], dropout
         self.gate = nn.Linear(dim, hidden, bias=bias)
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.out = nn.Linear(hidden, dim, bias=bias)
+
+    @staticmethod
+    def check(hidden: int | None, dropout: float) -> None:
+        """Raises ValueError for settings out of range; config.py runs it before torch is imported."""
+        if not 0 <= dropout < 1:
+            raise ValueError(f"model.ffn.dropout={dropout} should be at least 0 and below 1")
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"model.ffn.hidden={hidden} should be at least 1")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D) -> ((B, T, D), None)."""

@@ -78,11 +78,13 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     @staticmethod
-    def check(dim: int, n_layers: int, max_len: int, pos: str, attn: dict) -> None:
+    def check(dim: int, n_layers: int, max_len: int, pos: str, dropout: float, attn: dict) -> None:
         """Raises ValueError for settings that do not fit together; config.py runs it before torch is imported."""
         for name, value in (("dim", dim), ("n_layers", n_layers), ("max_len", max_len)):
             if value < 1:
                 raise ValueError(f"{name}={value} should be at least 1; set model.{name}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"model.dropout={dropout} should be at least 0 and below 1")
         if pos != "rope" and attn.get("rope_theta") is not None:
             raise ValueError(
                 f"pos={pos} and a rotary attention would both place the tokens; set model.attn.rope_theta=null or model.pos=rope"
