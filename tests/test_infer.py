@@ -421,3 +421,26 @@ def test_load_needs_the_folder_alone(tmp_path: Path) -> None:
         load(str(tmp_path / "evil"), "cpu", "fp32", ["etude"])
     with pytest.raises(Refusal, match="ckpt=.*nothing does not exist"):
         load(str(tmp_path / "nothing"), "cpu", "fp32", ["etude"])
+
+
+@pytest.mark.parametrize("name", ["dense", "gpt"])
+def test_fused_layers_give_the_same_logits_without_a_copy(name: str) -> None:
+    """One product for q, k and v (and gate and up) changes no value, and the parameters still are the weights."""
+    from hydra import compose, initialize_config_dir
+
+    from etude.config import CONF, build, check
+    from etude.infer.load import fuse
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = check(compose("train", overrides=[f"model={name}", "model.dim=32", "model.n_layers=2"]), "train")
+    torch.manual_seed(0)
+    model = build(cfg["model"], 50)
+    model.init_weights()
+    tokens = torch.randint(50, (2, 9))
+    before, names = model(tokens), [n for n, _ in model.named_parameters()]
+    fuse(model)
+    assert torch.allclose(model(tokens), before, atol=1e-6)
+    assert [n for n, _ in model.named_parameters()] == names
+    with torch.no_grad():
+        model.blocks[0].attn.k.weight.zero_()
+    assert not torch.allclose(model(tokens), before, atol=1e-3)

@@ -3,6 +3,7 @@
 A machine with neighbours is fast one minute and slow the next: so times are medians over rounds in which both programs
 take turns, and what counts is their ratio."""
 
+import copy
 import json
 import re
 import resource
@@ -138,23 +139,23 @@ def summary(rounds: list[dict[str, float]], tokens: int, session: Any) -> dict[s
 def decode_rate(session: Any, new: int, batch: int) -> float:
     """New tokens a second of `batch` rows after a prompt of 16, greedy, with the cache."""
     from etude.infer.generate import Row, decode
+    from etude.infer.load import fuse
     from etude.infer.sampling import Sampling
 
-    session.model.eval()
-    limit = session.model.position_limit
+    model: Any = fuse(copy.deepcopy(session.model)).eval()
+    limit = model.position_limit
     new = min(new, limit - 16) if limit else new
     prompt = [int(i) for i in session.batches.train.ids[:16]]
 
     def go(count: int) -> float:
         rows = [Row(list(prompt)) for _ in range(batch)]
         start = time.perf_counter()
-        for _ in decode(session.model, rows, Sampling(temperature=0.0), count, set()):
+        for _ in decode(model, rows, Sampling(temperature=0.0), count, set()):
             pass
         return time.perf_counter() - start
 
     go(2)
     seconds = go(new)
-    session.model.train()
     return batch * new / seconds
 
 

@@ -1,10 +1,13 @@
 """A model from a checkpoint or export, by what lies in its folder alone."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from etude import checkpoint
 from etude.config import build, check_targets
@@ -22,7 +25,27 @@ def load(path: str, device: str, dtype: str, trusted: list[str]) -> tuple[nn.Mod
         model = build(config["model"], config["vocab_size"])
     checkpoint.materialize(model, checkpoint.tensors(folder, "model", device))
     model = model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]).eval()
+    fuse(model)
     return model, tok.load(folder / "tokenizer.json"), config
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Let layers of one input be one product: where a module names them in `side_by_side`, their weights become views
+    of one matrix, which its `project` multiplies at once. Names, shapes and values stay as they are."""
+    for module in model.modules():
+        if names := getattr(module, "side_by_side", None):
+            layers = [module.get_submodule(n) for n in names]
+            module.project = _together(layers)  # type: ignore[assignment]
+    return model
+
+
+def _together(layers: list[Any]) -> Callable[[Tensor], Sequence[Tensor]]:
+    sizes = [layer.out_features for layer in layers]
+    weight = torch.cat([layer.weight.data for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
+    for layer, part in zip(layers, weight.split(sizes)):
+        layer.weight.data = part
+    return lambda x: F.linear(x, weight, bias).split(sizes, -1)
 
 
 def read_config(folder: Path) -> dict:

@@ -1,6 +1,8 @@
 """Grouped-query attention (Ainslie et al. 2023); with as many key heads as query heads it is multi-head attention
 (Vaswani et al. 2017), with one it is multi-query attention (Shazeer 2019)."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from etude.model import parts
@@ -14,6 +16,7 @@ class GQA(nn.Module):
     has no dropout, is always the one that runs. Raises ValueError where the head counts do not divide."""
 
     tp_plan = {"q": "col", "k": "col", "v": "col", "out": "row"}
+    side_by_side = ("q", "k", "v")
 
     def __init__(
         self,
@@ -67,12 +70,14 @@ class GQA(nn.Module):
         without the causal half as in Chowdhery et al. 2022, appendix B; the projections count as parameters."""
         return 12 * self.n_heads * self.head_dim * length
 
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """(B, T, D) -> what `side_by_side` names, one after another; inference computes them as one (infer.load.fuse)."""
+        return self.q(x), self.k(x), self.v(x)
+
     def forward(self, x: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache=None) -> Tensor:
         """x (B, T, D), positions (B, T) or None for 0..T-1, mask (B, 1, T, T) bool or None -> (B, T, D)."""
         B, T, _ = x.shape
-        q = self.q(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        k = self.k(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        v = self.v(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.project(x))
         if self.rope_theta is not None:
             q = parts.rope(q, positions, self.rope_theta)
             k = parts.rope(k, positions, self.rope_theta)

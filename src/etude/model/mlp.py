@@ -1,5 +1,6 @@
 """Dense feed-forward parts. Each returns (y, aux), with aux an auxiliary loss: None for a dense one."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class GatedMLP(nn.Module):
     to a multiple of 32, which has the parameters of a plain MLP of width 4 dim."""
 
     tp_plan = {"gate": "col", "up": "col", "out": "row"}
+    side_by_side = ("gate", "up")
 
     def __init__(
         self,
@@ -74,6 +76,11 @@ class GatedMLP(nn.Module):
         if hidden is not None and hidden < 1:
             raise ValueError(f"model.ffn.hidden={hidden} should be at least 1")
 
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """(B, T, D) -> what `side_by_side` names, one after another; inference computes them as one (infer.load.fuse)."""
+        return self.gate(x), self.up(x)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D) -> ((B, T, D), None)."""
-        return parts.dropout(self.out(self.act(self.gate(x)) * self.up(x)), self.dropout, self.training), None
+        gate, up = self.project(x)
+        return parts.dropout(self.out(self.act(gate) * up), self.dropout, self.training), None

@@ -85,9 +85,9 @@ def rope(x: Tensor, positions: Tensor | None, theta: float) -> Tensor:
     A pure function of its arguments: there is no buffer to repair after a meta-device initialisation."""
     T, D = x.shape[-2:]
     cos, sin = rope_angles(T if positions is None else positions, D, theta, x.device)
-    y = x.float()
-    a, b = y.chunk(2, dim=-1)
-    return torch.addcmul(y * cos, torch.cat((b, a), -1), sin).to(x.dtype)
+    y = x if x.dtype == torch.float32 else x.float()
+    y = torch.addcmul(y * cos, y.roll(D // 2, -1), sin)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
