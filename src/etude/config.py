@@ -140,7 +140,9 @@ def check_targets(cfg: dict, trusted: list[str]) -> None:
             if key not in sig.params:
                 if sig.open:
                     continue
-                raise Refusal(f"unknown key {path}.{key}{did_you_mean(key, list(sig.params), path + '.')}")
+                raise Refusal(
+                    f"unknown key {path}.{key}{did_you_mean(key, [p.name for p in sig.params.values() if p.keyword_only or not node.get('_partial_')], path + '.')}"
+                )
             annotation = sig.params[key].annotation
             if annotation is not None and not fits(value, ast.unparse(annotation)):
                 raise Refusal(f"{path}.{key}={show(value)} should be {wanted(ast.unparse(annotation))}")

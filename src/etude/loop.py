@@ -106,7 +106,7 @@ def fit(
             if wanted:
                 save(False)
                 raise Interrupted(
-                    f"stopped by {signals.name or 'a signal to another rank'} after step {step}; go on with: python train.py resume={folder}"
+                    f"{signals.name or 'a signal to another rank'} after step {step}; go on with: python train.py resume={folder}"
                 )
             set_lr(optimizer, schedule(step, steps, steps_per_epoch))
             done = step + 1
@@ -151,7 +151,7 @@ def fit(
                     values["skipped"] = progress.skipped
                 if peak_flops:
                     values["perf/mfu"] = rate * flops_per_token / (peak_flops * world.size)
-            if due(done, settings["eval_every"]):
+            if due(done, settings["eval_every"]) or (last and settings["eval_every"] is not None):
                 found = evaluate(False)
                 values |= found
                 better = found["val/loss"] < progress.best_loss
@@ -166,6 +166,7 @@ def fit(
             if world.rank == 0:
                 if values:
                     tracker.scalars(done, values)
+                    progress.seconds = time.perf_counter() - begun
                     status.beat(done, progress.seconds, values)
                 display.update(done, steps, values, logged=bool(values))
             if due(done, settings["sample_every"]) and not last:
