@@ -179,6 +179,8 @@ def test_resume_refuses_another_run_and_allows_more_steps(finished: tuple[Path, 
         done = train(f"resume={run}", change, check=False)
         assert done.returncode == 2, change
         assert change.split("=")[0] in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    done = train(f"resume={run}", "experiment=nanogpt_cpu", check=False)
+    assert done.returncode == 2 and "not be the same run" in done.stderr
     assert "is complete" in train(f"resume={run}").stdout
     train(f"resume={run}", "max_steps=11", "seed=0")  # seed=0 is what it was
     assert [m["step"] for m in metrics(run)] == list(range(1, 12))

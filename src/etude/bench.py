@@ -43,6 +43,8 @@ def run(cfg: dict) -> int:
             "compile": cfg["compile"],
         }
         tokens = cfg["batch_size"] * data.seq_len
+        decoding = cfg["what"] == "decode"
+        whole = cfg["decode_tokens"] * cfg["decode_batch"] if decoding else tokens * cfg["steps"]
         train = Training(session) if cfg["what"] in ("train", "all") else None
         theirs: list[float] = []
         rounds: list[dict[str, float]] = []
@@ -53,11 +55,13 @@ def run(cfg: dict) -> int:
             if cfg["what"] in ("decode", "all"):
                 decoded.append(decode_rate(session, cfg["decode_tokens"], cfg["decode_batch"]))
             if cfg["compare"] is not None:
-                theirs.append(other(cfg, tokens))
+                theirs.append(other(cfg, tokens, whole))
         if train is not None:
             result |= summary(rounds, tokens, session)
         if decoded:
             result["decode_tokens_per_s"] = statistics.median(decoded)
+            uncached = decode_rate(session, cfg["decode_tokens"], cfg["decode_batch"], use_cache=False)
+            result["uncached_tokens_per_s"] = uncached
         if theirs:
             ours = result["tokens_per_s"] if train is not None else result["decode_tokens_per_s"]
             result |= {"their_tokens_per_s": statistics.median(theirs), "ratio": ours / statistics.median(theirs)}
@@ -136,8 +140,8 @@ def summary(rounds: list[dict[str, float]], tokens: int, session: Any) -> dict[s
     }
 
 
-def decode_rate(session: Any, new: int, batch: int) -> float:
-    """New tokens a second of `batch` rows after a prompt of 16, greedy, with the cache."""
+def decode_rate(session: Any, new: int, batch: int, use_cache: bool = True) -> float:
+    """New tokens a second of `batch` rows after a prompt of 16, greedy."""
     from etude.infer.generate import Row, decode
     from etude.infer.load import fuse
     from etude.infer.sampling import Sampling
@@ -150,7 +154,7 @@ def decode_rate(session: Any, new: int, batch: int) -> float:
     def go(count: int) -> float:
         rows = [Row(list(prompt)) for _ in range(batch)]
         start = time.perf_counter()
-        for _ in decode(model, rows, Sampling(temperature=0.0), count, set()):
+        for _ in decode(model, rows, Sampling(temperature=0.0), count, set(), use_cache):
             pass
         return time.perf_counter() - start
 
@@ -159,8 +163,9 @@ def decode_rate(session: Any, new: int, batch: int) -> float:
     return batch * new / seconds
 
 
-def other(cfg: dict, tokens: int) -> float:
-    """Tokens a second of the other program, by what it prints, or by the whole process's time."""
+def other(cfg: dict, tokens: int, whole: int) -> float:
+    """Tokens a second of the other program, by what it prints for steps of `tokens`, or by the time of the whole process,
+    which is then taken to have made `whole` tokens."""
     start = time.perf_counter()
     done = subprocess.run(cfg["compare"], shell=True, capture_output=True, text=True)
     seconds = time.perf_counter() - start
@@ -186,7 +191,7 @@ def other(cfg: dict, tokens: int) -> float:
         "note: the other program printed neither tokens/s nor milliseconds a step: its whole process is timed",
         file=sys.stderr,
     )
-    return per_step * cfg["steps"] / seconds
+    return whole / seconds
 
 
 def peak_memory(device: Any) -> float:

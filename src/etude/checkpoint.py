@@ -140,6 +140,8 @@ def fault(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError) as error:
         return f"{MANIFEST} is unreadable ({error})"
+    if not isinstance(manifest, dict) or "model.safetensors" not in manifest:
+        return f"{MANIFEST} does not list model.safetensors"
     for name, wanted in manifest.items():
         path = folder / name
         try:

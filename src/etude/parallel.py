@@ -139,6 +139,7 @@ class DDP:
         dist.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
         try:
             yield World(dist.get_rank(), dist.get_world_size(), device)
+            dist.barrier()  # no rank takes the group down while another still writes its summary
         finally:
             dist.destroy_process_group()
 
@@ -159,7 +160,12 @@ def _child(parent: int, environment: dict[str, str], work: Callable[..., int], a
         if os.getppid() != parent:
             os._exit(1)
     os.environ.update(environment)
-    sys.exit(work(*args))
+    code = work(*args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: gloo's threads may outlive its group for a moment, and an interpreter that is torn down around them
+    # aborts now and then. Everything of ours is closed by now.
+    os._exit(code)
 
 
 def _wait(children: list, grace: float = 15.0) -> int:
@@ -208,6 +214,15 @@ def settle(threads: int) -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def deterministic(on: bool) -> None:
+    """Only algorithms that repeat to the bit; on CUDA its matrix library needs a fixed workspace for that."""
+    import torch
+
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
 
 
 def pick_device(name: str) -> str:

@@ -238,18 +238,25 @@ def resumed_config(folder: Path, config: dict, overrides: list[str], may_change:
         stored = yaml.safe_load((folder / "meta" / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refusal(f"resume={folder} is not a run: there is no meta/config.yaml in it") from None
-    new = json.loads(json.dumps(stored))
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+~").split("@")[0].replace("/", ".")
-        if key in ("resume", "experiment"):
+    # Keys that came into being after the run began have their defaults.
+    new = {k: v for k, v in config.items() if k not in stored} | json.loads(json.dumps(stored))
+    keys = [o.partition("=")[0].lstrip("+~").split("@")[0].replace("/", ".") for o in overrides]
+    if "experiment" in keys:  # it may set anything: then the whole command line is held against the run
+        new = dict(config)
+        keys = []
+    for key in keys:
+        if key == "resume":
             continue
         source, target = config, new
         *parents, last = key.split(".")
-        for part in parents:
-            source, target = source[part], target[part]
-        target[last] = source[last]
+        try:
+            for part in parents:
+                source, target = source[part], target[part]
+            target[last] = source[last]
+        except (KeyError, TypeError):
+            raise Refusal(f"{key} is not part of the config of {folder}; leave it out, or start a new run") from None
     new["resume"] = config["resume"]
-    old_flat, new_flat = flat(stored), flat(new)
+    old_flat, new_flat = flat(stored), flat({k: v for k, v in new.items() if k in stored})
     changed = {k for k in old_flat.keys() | new_flat.keys() if old_flat.get(k) != new_flat.get(k)} - {"resume"}
     allowed = tuple(may_change)
     refused = sorted(k for k in changed if not any(k == a or k.startswith(a + ".") for a in allowed))

@@ -90,15 +90,14 @@ class Session:
 
         from etude.data.loader import Batches
         from etude.loop import Progress, key
-        from etude.parallel import peak_flops, pick_precision
+        from etude.parallel import deterministic, peak_flops, pick_precision
 
         self.cfg, self.data, self.prepared, self.parallel, self.world = cfg, data, prepared, parallel, world
         self.device = world.device
         self.precision = pick_precision(cfg["precision"], self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         self.peak_flops = peak_flops(self.device)
-        if cfg["deterministic"]:
-            torch.use_deterministic_algorithms(True)
+        deterministic(cfg["deterministic"])
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         self.tokenizer = prepared.tokenizer
