@@ -169,25 +169,32 @@ def _child(parent: int, environment: dict[str, str], work: Callable[..., int], a
 
 
 def _wait(children: list, grace: float = 15.0) -> int:
-    """Exit code of the whole: 0 if every child's is. One that dies gives the others `grace` seconds."""
+    """Exit code of the whole: 0 if every child's is. One that dies gives the others `grace` seconds, 2 if it was killed."""
     deadline = None
+    named: set[str] = set()
+
+    def look() -> bool:
+        """Name the children that were killed; whether one of them just was."""
+        killed = [c for c in children if not c.is_alive() and (c.exitcode or 0) < 0 and c.name not in named]
+        for c in killed:
+            named.add(c.name)
+            print(f"error: {c.name} was killed by signal {signal.Signals(-c.exitcode).name}", file=sys.stderr)
+        return bool(killed)
+
     while any(c.is_alive() for c in children):
         time.sleep(0.05)
-        bad = [c for c in children if not c.is_alive() and c.exitcode]
-        if bad and deadline is None:
+        if look():
+            deadline = time.monotonic() + 2
+        elif deadline is None and any(c.exitcode for c in children if not c.is_alive()):
             deadline = time.monotonic() + grace
-            if bad[0].exitcode < 0:
-                print(
-                    f"error: {bad[0].name} was killed by signal {signal.Signals(-bad[0].exitcode).name}; stopping the others",
-                    file=sys.stderr,
-                )
-                deadline = time.monotonic() + 2
         if deadline and time.monotonic() > deadline:
             for c in children:
                 if c.is_alive():
+                    named.add(c.name)
                     print(f"error: {c.name} does not answer and is stopped", file=sys.stderr)
                     c.kill()
             deadline = time.monotonic() + grace
+    look()
     codes = [c.exitcode for c in children]
     told = [c for c in codes if c is not None and c > 1]  # 2 to 5 say what happened; 1 and signals only that it did
     return told[0] if told else next((1 if c < 0 else c for c in codes if c), 0)
