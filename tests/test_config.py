@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from etude.cli import TEXT_KEYS, flags_first, quote
-from etude.config import CONF, Train, check, check_all, check_targets, nodes
+from etude.config import CONF, Train, build, check, check_all, check_targets, nodes
 from etude.errors import Refusal
 from etude.signature import fits, signature
 
@@ -36,7 +36,15 @@ def test_every_choice_composes_and_passes() -> None:
     assert check_all() == []
 
 
-CHOICES = [(str(p.parent.relative_to(CONF)), p.stem) for p in sorted(CONF.rglob("*.yaml")) if p.parent != CONF]
+def choice_of(path: Path) -> tuple[str, str]:
+    """(group, choice) of a file: conf/model/llama/1b.yaml, beside conf/model/llama.yaml, is model=llama/1b."""
+    group, choice = path.parent.relative_to(CONF), path.stem
+    if path.parent.with_suffix(".yaml").exists():
+        return str(group.parent), f"{group.name}/{choice}"
+    return str(group), choice
+
+
+CHOICES = [choice_of(p) for p in sorted(CONF.rglob("*.yaml")) if p.parent != CONF]
 
 
 @pytest.mark.parametrize("group,choice", CHOICES)
@@ -59,11 +67,17 @@ def test_self_comes_first_in_the_roots() -> None:
 
 
 def test_parts_of_the_model_are_partial() -> None:
-    """A part that is built once and not once a layer would be shared by all layers without a word."""
-    for model in ("dense", "gpt"):
+    """A part that is built once and not once a layer would be shared by all layers without a word. A rope may be: it is
+    a frozen dataclass of numbers, without weights or state."""
+    for model in sorted(p.stem for p in (CONF / "model").glob("*.yaml")):
         cfg = composed("train", f"model={model}")
         for path, node in nodes(OmegaConf.to_container(cfg.model)):
-            assert node.get("_partial_") is True, path
+            if path == "attn.rope":
+                found = build(node)
+                assert dataclasses.is_dataclass(found) and found.__dataclass_params__.frozen  # type: ignore[attr-defined]
+                assert all(isinstance(v, (int, float, str, type(None))) for v in vars(found).values())
+            else:
+                assert node.get("_partial_") is True, path
 
 
 # ---------------------------------------------------------------- what a user mistypes
@@ -80,7 +94,10 @@ BAD = {
     ("data.path=nowhere",): r"unknown key data.path; .*\(path belongs to data=shakespeare and data=text\)",
     ("data=text",): "data.path is missing: type data.path=<a file, a folder or a glob>",
     ("model=dence",): "model has no choice 'dence'; did you mean dense?",
-    ("model/attn=mqa",): "model/attn has no choice 'mqa'; did you mean .*a",
+    ("model/attn=mqqa",): "model/attn has no choice 'mqqa'; did you mean mqa?",
+    ("model=llama/2b",): "model/llama has no choice '2b'; there is: 13b, 1b, 3b, 70b",
+    ("model=moe", "model.ffn.top_k=9"): "top_k=9 should be between 1 and n_experts=8; set model.ffn.top_k",
+    ("model=deepseek_v3", "model.ffn.top_k=2"): "unknown key model.ffn.top_k",
     ("+foo=1",): "unknown key foo",
     ("~optimizer.lr",): "missing optimizer.lr: etude.optim.adamw needs it; type optimizer.lr=<value>",
     (

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import varied_text
-from test_model import gpt2, llama, made, uninitialised
+from test_model import ATTENTIONS, MODELS, V, gpt2, llama, made, model_node, small, uninitialised
 
 from etude import checkpoint
+from etude.config import build
 from etude.errors import NonFinite, Refusal
 from etude.infer.generate import Row, TextRow, complete, decode, encode_prompt
-from etude.infer.load import load
+from etude.infer.load import fuse, load
 from etude.infer.sampling import Sampling, distribution, draw, penalize
+from etude.model import weights
 from etude.text import tokenizer as tok
 
 GREEDY = Sampling(temperature=0)
-V = 61
 
 
 def ragged(rng: random.Random, sizes: list[int]) -> list[list[int]]:
@@ -51,7 +52,7 @@ def naive(model, prompt: list[int], n: int, limit: int | None = None) -> list[in
 @pytest.mark.parametrize("sizes", [[5, 1, 9, 3], [4, 4, 4], [7]], ids=str)
 def test_cached_tokens_are_the_uncached_ones(model: str, sizes: list[int]) -> None:
     """Rows of any lengths together, with and without the cache, against each alone through the plain forward."""
-    m = made(model)
+    m = made(model, seed=4)  # whose greedy text is not one token again and again
     prompts = ragged(random.Random(0), sizes)
     expected = [naive(m, p, 20) for p in prompts]
     assert outs(m, prompts, 20) == expected
@@ -59,18 +60,57 @@ def test_cached_tokens_are_the_uncached_ones(model: str, sizes: list[int]) -> No
     assert len({tuple(e) for e in expected}) == len(prompts) and max(len(set(e)) for e in expected) > 2
 
 
-@pytest.mark.parametrize("model", ["dense", "gpt"])
-def test_cached_logits_are_the_uncached_ones(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal tokens could hide logits that are a little off."""
+def choices() -> dict[str, list[str]]:
+    """Every choice of conf/model and of conf/model/attn, and what a cache could get wrong beyond them: windows that are
+    passed (after 3, 5 or 8 positions), scaled positions, learned ones, norms elsewhere, capped logits."""
+    found = {m: [m] for m in MODELS}
+    for attn in ATTENTIONS:
+        found[f"attn={attn}"] = ["gpt" if attn == "mha" else "dense", f"model/attn={attn}"]
+    window = "model.attn.window=[5,3,null]"
+    found["attn=local"] = ["dense", "model/attn=local", window, "model.attn.rope_layers=[true,false,true]"]
+    found["window"] = ["moe", "model.attn.window=8"]
+    found["latent window"] = ["deepseek_v3", window]
+    found["gated window"] = ["dense", "model/attn=gated", "model.attn.window=1"]
+    found["gpt window"] = ["gpt", "model.attn.window=4"]
+    for rope in ("linear", "llama3", "ntk", "yarn"):
+        found[f"rope={rope}"] = ["dense", f"model/attn/rope={rope}"]
+    found["partial rope"] = ["dense", "model.attn.rope.dim=4", "model.attn.rope.layout=interleaved"]
+    found["sinusoidal"] = ["gpt", "model.pos=sinusoidal"]
+    found["sandwich"] = ["moe", "model.norm_at=sandwich", "model.logit_cap=4.0", "model.embed_scale=3.0"]
+    found["post"] = ["qwen3", "model.norm_at=post", "model.residual_scale=0.5"]
+    return found
+
+
+CHOICES = choices()
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("sizes", [[6, 2, 11], [9, 9], [1]], ids=str)
+def test_cached_logits_are_the_uncached_ones(choice: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal tokens could hide logits that are a little off, so the tokens are given here, different ones at every step.
+    Rows of any lengths, in one batch; logits of each step to 1e-4 of the largest."""
     from etude.infer import generate
 
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(generate, "draw", lambda logits, *a: seen.append(logits) or draw(logits, *a))
-    m, prompts = made(model), ragged(random.Random(1), [6, 2, 11])
-    outs(m, prompts, 12)
-    outs(m, prompts, 12, use_cache=False)
-    for cached, whole in zip(seen[:12], seen[12:], strict=True):
-        torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-4)
+    given = torch.randint(0, V, (2, 18, len(sizes)), generator=torch.Generator().manual_seed(0))[0]
+
+    def forced(logits: torch.Tensor, *a: object) -> torch.Tensor:
+        seen.append(logits)
+        return given[(len(seen) - 1) % 18]
+
+    monkeypatch.setattr(generate, "draw", forced)
+    m, prompts = made(*CHOICES[choice], layers=3), ragged(random.Random(1), sizes)
+    found = outs(m, prompts, 18)
+    assert found == outs(m, prompts, 18, use_cache=False) == given.T.tolist()
+    for cached, whole in zip(seen[:18], seen[18:], strict=True):
+        scale = max(1.0, whole.abs().max().item())
+        torch.testing.assert_close(cached / scale, whole / scale, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # and both are the plain forward's
+        for row, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt + given[:, row].tolist()])
+            expected = m(ids)[0, len(prompt) - 1 : -1]
+            scale = max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(torch.stack(seen[:18])[:, row] / scale, expected / scale, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model,reference", [("dense", llama), ("gpt", gpt2)])
@@ -266,7 +306,7 @@ def byte_model():
 def test_same_seed_same_text() -> None:
     """However the samples are batched, and streamed text adds up to the text."""
     m, tokenizer = byte_model()
-    prompts = ["a", "def f", "日本"]
+    prompts = [encode_prompt(tokenizer, p) for p in ("a", "def f", "日本")]
     s = Sampling(temperature=1.0, seed=9)
     streamed: dict[int, str] = {}
     first = complete(
@@ -330,14 +370,14 @@ def test_stop_strings_are_never_shown() -> None:
 def test_stop_strings_in_a_batch() -> None:
     """The row that met its stop string ends; its neighbours are those of a run without."""
     m, tokenizer = byte_model()
-    s = Sampling(temperature=1.0, top_k=20, seed=2)
-    free = complete(m, tokenizer, ["ab", "cd", "e"], s, 40)
+    s, prompts = Sampling(temperature=1.0, top_k=20, seed=2), [encode_prompt(tokenizer, p) for p in ("ab", "cd", "e")]
+    free = complete(m, tokenizer, prompts, s, 40)
     stop = free[1].text[5:7]
     shown: dict[int, str] = {}
     cut = complete(
         m,
         tokenizer,
-        ["ab", "cd", "e"],
+        prompts,
         s,
         40,
         stop=[stop],
@@ -365,11 +405,11 @@ def test_prompts_that_are_empty() -> None:
 def test_materialize_keeps_ties(model: str, tied: str) -> None:
     """A model from the meta device with loaded tensors: the same logits, one tensor for tied weights, names checked."""
     original = made(model, f"model.tied={tied}")
-    tensors = {n: t.clone() for n, t in checkpoint.model_tensors(original).items()}
+    tensors = {n: t.clone() for n, t in weights.model_tensors(original).items()}
     assert ("head.weight" in tensors) == (tied == "false")
     with torch.device("meta"):
         m = uninitialised(model, f"model.tied={tied}").eval()
-    checkpoint.materialize(m, tensors)
+    weights.materialize(m, tensors)
     assert (m.head.weight is m.embed.weight) == (tied == "true")
     assert all(p.device.type == "cpu" and isinstance(p, torch.nn.Parameter) for p in m.parameters())
     ids = torch.arange(12)[None]
@@ -378,35 +418,29 @@ def test_materialize_keeps_ties(model: str, tied: str) -> None:
         fresh = uninitialised(model, f"model.tied={tied}")
     for change in ({"extra": torch.zeros(1)}, {"embed.weight": torch.zeros(2, 2)}):
         with pytest.raises(Refusal, match="the weights do not fit the model"):
-            checkpoint.materialize(fresh, tensors | change)
+            weights.materialize(fresh, tensors | change)
     with pytest.raises(Refusal, match="norm.weight"):
-        checkpoint.materialize(fresh, {n: t for n, t in tensors.items() if n != "norm.weight"})
+        weights.materialize(fresh, {n: t for n, t in tensors.items() if n != "norm.weight"})
 
 
 def test_load_needs_the_folder_alone(tmp_path: Path) -> None:
     """Weights, config and tokenizer from an export; a foreign target in it is refused before it is imported."""
-    from hydra import compose, initialize_config_dir
-
-    from etude.config import CONF, build, check
-
     tokenizer = tok.bpe([varied_text(3000)], [], vocab_size=300)
-    small = ["model.dim=32", "model.n_layers=2", "model.max_len=32", "model.attn.n_heads=4"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        node = check(compose("train", overrides=small), "train")["model"]
+    node = model_node(*small("dense"))
     torch.manual_seed(0)
     original = build(node, tokenizer.vocab_size)
     original.init_weights()
-    config = {"format": 1, "step": 3, "vocab_size": tokenizer.vocab_size, "model": node, "seq_len": 32}
+    config = {"format": 2, "step": 3, "vocab_size": tokenizer.vocab_size, "model": node, "seq_len": 32}
     files = {
-        "model.safetensors": checkpoint.model_tensors(original),
+        "model.safetensors": weights.model_tensors(original),
         "config.json": config,
         "tokenizer.json": tokenizer.to_json(),
     }
     folder = checkpoint.save(tmp_path / "export", files)
     state = torch.get_rng_state()
     for dtype, exact in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        m, t, found = load(str(folder), "cpu", dtype, ["etude"])
-        assert not m.training and t.sha256() == tokenizer.sha256() and found == config
+        m, t = load(str(folder), "cpu", dtype, ["etude"])
+        assert not m.training and t.sha256() == tokenizer.sha256() and weights.read_config(folder) == config
         assert {p.dtype for p in m.parameters()} == {exact}
         assert m.head.weight is m.embed.weight
         if dtype == "fp32":
@@ -423,24 +457,38 @@ def test_load_needs_the_folder_alone(tmp_path: Path) -> None:
         load(str(tmp_path / "nothing"), "cpu", "fp32", ["etude"])
 
 
-@pytest.mark.parametrize("name", ["dense", "gpt"])
+@pytest.mark.parametrize("name", CHOICES)
 def test_fused_layers_give_the_same_logits_without_a_copy(name: str) -> None:
-    """One product for q, k and v (and gate and up) changes no value, and the parameters still are the weights."""
-    from hydra import compose, initialize_config_dir
+    """One product for q, k and v (and gate and up, and the ways into latents) changes no value, and the parameters still
+    are the weights."""
+    m = made(*CHOICES[name])
+    ids = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(0))
+    before, names = m(ids), [n for n, _ in m.named_parameters()]
+    held = sum(p.numel() for p in m.parameters())
+    fuse(m)
+    scale = max(1.0, before.detach().abs().max().item())
+    torch.testing.assert_close(m(ids) / scale, before / scale, rtol=1e-5, atol=5e-6)
+    assert [n for n, _ in m.named_parameters()] == names
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in m.parameters()}
+    assert sum(storages.values()) == 4 * held, "the weights are there twice"
+    part = m.blocks[0].attn
+    for leaf in part.side_by_side:
+        if part.window == 1 and leaf in ("q", "k"):
+            continue  # a position that sees itself alone has nothing to weigh
+        layer = part.get_submodule(leaf)
+        kept = layer.weight.detach().clone()
+        with torch.no_grad():
+            layer.weight.zero_()
+            assert not torch.allclose(m(ids), before, atol=1e-4), leaf
+            layer.weight.copy_(kept)
+    torch.testing.assert_close(m(ids) / scale, before / scale, rtol=1e-5, atol=5e-6)
 
-    from etude.config import CONF, build, check
-    from etude.infer.load import fuse
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = check(compose("train", overrides=[f"model={name}", "model.dim=32", "model.n_layers=2"]), "train")
-    torch.manual_seed(0)
-    model = build(cfg["model"], 50)
-    model.init_weights()
-    tokens = torch.randint(50, (2, 9))
-    before, names = model(tokens), [n for n, _ in model.named_parameters()]
-    fuse(model)
-    assert torch.allclose(model(tokens), before, atol=1e-6)
-    assert [n for n, _ in model.named_parameters()] == names
-    with torch.no_grad():
-        model.blocks[0].attn.k.weight.zero_()
-    assert not torch.allclose(model(tokens), before, atol=1e-3)
+def test_fused_models_can_be_saved(tmp_path: Path) -> None:
+    """Weights that are views of one matrix are written as what they are."""
+    for name in ("gpt", "deepseek_v3"):
+        m = made(name)
+        ids = torch.arange(9)[None]
+        expected = m(ids)
+        fuse(m).save_pretrained(tmp_path / name)
+        assert torch.equal(weights.from_pretrained(tmp_path / name, "cpu", None, ["etude"])(ids), expected)

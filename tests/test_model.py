@@ -1,6 +1,8 @@
 """The models: against Hugging Face's, against naive formulas, and what must hold of every part."""
 
+import functools
 import itertools
+import json
 import math
 from typing import Any
 
@@ -11,25 +13,46 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from etude.config import CONF, build, check
-from etude.model import gqa, head, mlp, parts
+from etude.model import gqa, head, mlp, parts, roles
+from etude.model.rope import Rope, rope
 from etude.model.transformer import Transformer
 
 V = 61
+MODELS = sorted(p.stem for p in (CONF / "model").glob("*.yaml"))
+ATTENTIONS = sorted(p.stem for p in (CONF / "model" / "attn").glob("*.yaml"))
+FEED_FORWARDS = sorted(p.stem for p in (CONF / "model" / "ffn").glob("*.yaml"))
+ATTENTION_OF = {"gpt": "mha", "gpt2": "mha", "deepseek_v2": "mla", "deepseek_v3": "mla_q_lora"}
 
 
-def uninitialised(model: str, *overrides: str, vocab_size: int = V) -> Transformer:
-    """A small model as conf/ describes it."""
-    small = ["model.dim=32", "model.n_layers=2", "model.max_len=32", "model.attn.n_heads=4", "model.init_std=0.2"]
-    kv = ["model.attn.n_kv_heads=2"] if model == "dense" else []
+@functools.cache
+def model_node(*overrides: str) -> dict[str, Any]:
+    """The checked config of a model; shared by the tests, so not to be written to."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = check(compose("train", overrides=[f"model={model}", *small, *kv, *overrides]), "train")
-    return build(cfg["model"], vocab_size)
+        return check(compose("train", overrides=list(overrides)), "train")["model"]
 
 
-def made(model: str, *overrides: str, vocab_size: int = V, seed: int = 0) -> Transformer:
+def small(model: str, *overrides: str, layers: int = 2) -> list[str]:
+    """Overrides that make a choice of conf/model tiny, whatever attention it has, and then `overrides`."""
+    attn = next((o[11:] for o in overrides if o.startswith("model/attn=")), ATTENTION_OF.get(model, "gqa"))
+    sizes = [f"model={model}", "model.dim=32", f"model.n_layers={layers}", "model.max_len=32", "model.attn.n_heads=4"]
+    if attn.startswith("mla"):
+        latent = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
+        latent |= {"q_lora_rank": 10} if attn == "mla_q_lora" else {}
+        sizes += [f"model.attn.{k}={v}" for k, v in latent.items()]
+    elif attn not in ("mha", "mqa"):
+        sizes.append("model.attn.n_kv_heads=2")
+    return [*sizes, "model.init_std=0.2", *overrides]
+
+
+def uninitialised(model: str, *overrides: str, vocab_size: int = V, layers: int = 2) -> Transformer:
+    """A small model as conf/ describes it."""
+    return build(model_node(*small(model, *overrides, layers=layers)), vocab_size)
+
+
+def made(model: str, *overrides: str, vocab_size: int = V, seed: int = 0, layers: int = 2) -> Transformer:
     """The same with weights large enough that logits differ."""
     torch.manual_seed(seed)
-    m = uninitialised(model, *overrides, vocab_size=vocab_size)
+    m = uninitialised(model, *overrides, vocab_size=vocab_size, layers=layers)
     m.init_weights()
     for name, p in m.named_parameters():  # norms and biases too, or a wrong one would not show
         if p.dim() == 1:
@@ -143,8 +166,9 @@ def test_gpt_is_gpt2() -> None:
 # ---------------------------------------------------------------- the head
 
 
-def naive(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+def naive(x: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> tuple[Tensor, ...]:
     z = F.linear(x, weight).float()
+    z = z if cap is None else cap * torch.tanh(z / cap)
     logp = z.log_softmax(-1)
     valid = targets >= 0
     picked = logp.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
@@ -153,9 +177,10 @@ def naive(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("chunk", [head.CHUNK, 5 * V, 1])
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
-def test_scores_and_their_gradients(chunk: int, ignored: str) -> None:
+@pytest.mark.parametrize("cap", [None, 2.0, 30.0])
+def test_scores_and_their_gradients(chunk: int, ignored: str, cap: float | None) -> None:
     """Every output, and gradients through each alone and all together, against autograd of the plain formula; in chunks
-    that do not divide the rows, and row by row."""
+    that do not divide the rows, and row by row; with capped logits, also where most of them are at the cap."""
     torch.manual_seed(0)
     x, weight, targets = torch.randn(2, 7, 8), torch.randn(V, 8), torch.randint(0, V, (2, 7))
     targets[{"none": torch.zeros(2, 7), "some": torch.rand(2, 7) < 0.4, "all": torch.ones(2, 7)}[ignored].bool()] = -100
@@ -163,7 +188,7 @@ def test_scores_and_their_gradients(chunk: int, ignored: str) -> None:
         grads = []
         for f in (lambda *a: head.scores(*a, chunk=chunk), naive):
             a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
-            outs = f(a, w, targets)
+            outs = f(a, w, targets, cap)
             generator = torch.Generator().manual_seed(3)
             sum((outs[i] * torch.randn(2, 7, generator=generator)).sum() for i in used).backward()
             grads.append((outs, a.grad, w.grad))
@@ -227,7 +252,7 @@ def test_scores_under_autocast() -> None:
 # ---------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("model", ["dense", "gpt"])
+@pytest.mark.parametrize("model", MODELS)
 def test_no_token_sees_the_future(model: str) -> None:
     m, ids = made(model), tokens(1, 16)
     before = m(ids)
@@ -279,7 +304,8 @@ def test_grouped_heads_against_a_loop(n_kv_heads: int | None, dtype: torch.dtype
     """Query head h looks with key head h // (n_heads / n_kv_heads); head_dim need not be dim / n_heads."""
     torch.manual_seed(0)
     attn = gqa.GQA(
-        24, 0, n_heads=4, n_kv_heads=n_kv_heads, head_dim=8, rope_theta=None, bias=True, dropout=0.0
+        24, 0, n_heads=4, n_kv_heads=n_kv_heads, head_dim=8, rope=None, rope_layers=None, window=None, qk_norm=False,
+        norm_eps=1e-6, gate=False, bias=True, out_bias=True, dropout=0.0,
     ).to(dtype)  # fmt: skip
     x = torch.randn(2, 6, 24).to(dtype)
     kv = n_kv_heads or 4
@@ -295,6 +321,10 @@ def test_grouped_heads_against_a_loop(n_kv_heads: int | None, dtype: torch.dtype
     torch.testing.assert_close(attn(x), expected, **close)
 
 
+def turn(x: Tensor, positions: Tensor | None, theta: float) -> Tensor:
+    return rope(x, positions, Rope(theta=theta, dim=None, layout="half"))
+
+
 def test_rope_turns_pairs_and_is_relative() -> None:
     """Against complex multiplication; inner products depend on the distance alone; given positions count."""
     torch.manual_seed(0)
@@ -302,16 +332,16 @@ def test_rope_turns_pairs_and_is_relative() -> None:
     angle = torch.arange(10)[:, None] * 500.0 ** (-torch.arange(0, 8, 2) / 8)
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(10, 4), angle.float())
     expected = torch.cat((turned.real, turned.imag), -1)
-    torch.testing.assert_close(parts.rope(x, None, 500.0), expected)
+    torch.testing.assert_close(turn(x, None, 500.0), expected)
     at = torch.arange(10)[None].expand(2, -1)
-    torch.testing.assert_close(parts.rope(x, at, 500.0), expected)
+    torch.testing.assert_close(turn(x, at, 500.0), expected)
     a, b = (torch.randn(1, 1, 1, 8).expand(1, 1, 10, 8) for _ in range(2))
-    near = (parts.rope(a, at[:1], 1e4) * parts.rope(b, at[:1] + 3, 1e4)).sum(-1)
+    near = (turn(a, at[:1], 1e4) * turn(b, at[:1] + 3, 1e4)).sum(-1)
     torch.testing.assert_close(near, near[..., :1].expand_as(near))
     with torch.inference_mode():
-        parts.rope(x[:, :, :7], None, 77.0)
+        turn(x[:, :, :7], None, 77.0)
     y = x[:, :, :7].clone().requires_grad_()
-    parts.rope(y, None, 77.0).sum().backward()  # the memoised table may come from inference mode
+    turn(y, None, 77.0).sum().backward()  # the memoised table may come from inference mode
 
 
 def test_positions_that_are_added() -> None:
@@ -326,6 +356,61 @@ def test_positions_that_are_added() -> None:
         torch.testing.assert_close(m(ids, positions=where), m(ids))
         assert not torch.allclose(m(ids, positions=where + 3), m(ids), atol=1e-2)
         assert m.position_limit == (32 if pos == "learned" else None)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize("norm_at", ["pre", "post", "sandwich"])
+@pytest.mark.parametrize("scales", [(1.0, None, None), (0.4, 3.0, 5.0)])
+def test_the_stream_against_its_formula(norm_at: str, scales: tuple[float, float | None, float | None]) -> None:
+    """Where norms are, what each part adds, the scaled embedding and the capped logits, written out; to 1e-5."""
+    r, embed, cap = scales
+    said = [f"model.{k}={'null' if v is None else v}" for k, v in (("embed_scale", embed), ("logit_cap", cap))]
+    m, ids = made("dense", f"model.norm_at={norm_at}", f"model.residual_scale={r}", *said), tokens()
+
+    def norm(name: str, x: Tensor, at: nn.Module) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * getattr(at, name).weight
+
+    x = m.embed.weight[ids] * (embed or 1.0)
+    for b in m.blocks:
+        for part, f in (("attn", lambda x, b=b: b.attn(x)), ("ffn", lambda x, b=b: b.ffn(x)[0])):
+            match norm_at:
+                case "pre":
+                    x = x + r * f(norm(f"{part}_norm", x, b))
+                case "post":
+                    x = norm(f"{part}_out_norm", x + r * f(x), b)
+                case "sandwich":
+                    x = x + r * norm(f"{part}_post_norm", f(norm(f"{part}_norm", x, b)), b)
+    x = x if norm_at == "post" else norm("norm", x, m)
+    z = x @ m.embed.weight.T
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    torch.testing.assert_close(m(ids), z, rtol=1e-5, atol=1e-5)
+    scores, _ = m(ids, targets=tokens(seed=2))
+    expected = z.log_softmax(-1).gather(-1, tokens(seed=2)[..., None])[..., 0]
+    torch.testing.assert_close(scores.logprob, expected, rtol=1e-5, atol=1e-5)
+    norms = sum("norm" in n for n, _ in m.named_parameters())
+    assert norms == {"pre": 5, "post": 4, "sandwich": 9}[norm_at]
+
+
+@pytest.mark.parametrize("cap", [0.5, 4.0, 30.0])
+def test_capped_logits_and_their_gradients(cap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training's scores are those of the capped logits, with gradients of every parameter, kept whole and in chunks;
+    to 1e-5 of plain autograd's."""
+    m, ids, targets = made("dense", f"model.logit_cap={cap}", "model.tied=false"), tokens(), tokens(seed=2)
+    targets[0, :7] = -100
+    z = m(ids)
+    assert z.abs().max() <= cap
+    F.cross_entropy(z.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum").backward()
+    expected = {n: p.grad.clone() for n, p in m.named_parameters()}
+    assert expected["head.weight"].norm() > 0.1
+    real = head.scores
+    for chunk in (head.CHUNK, 7 * V):
+        monkeypatch.setattr(head, "scores", lambda *a, chunk=chunk: real(*a, chunk=chunk))
+        m.zero_grad()
+        (-m(ids, targets=targets)[0].logprob.sum()).backward()
+        for name, p in m.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")
 
 
 # ---------------------------------------------------------------- dropout, activation checkpointing
@@ -358,7 +443,7 @@ def test_every_dropout_is_in_its_place() -> None:
     """Each of the three acts in training and alone; at evaluation none does."""
     ids = tokens()
     for name in ("model.dropout", "model.attn.dropout", "model.ffn.dropout"):
-        for model in ("dense", "gpt"):
+        for model in ("dense", "gpt", "moe"):
             m, plain = made(model, f"{name}=0.5"), made(model)
             torch.testing.assert_close(m(ids), plain(ids))
             m.train()
@@ -368,17 +453,18 @@ def test_every_dropout_is_in_its_place() -> None:
             assert torch.equal(m(ids), first) and not torch.equal(m(ids), first), name
 
 
-@pytest.mark.parametrize("model", ["dense", "gpt"])
+@pytest.mark.parametrize("model", ["dense", "gpt", "moe", "deepseek_v3"])
 def test_activation_checkpointing_changes_nothing(model: str) -> None:
     """The forward that is done again must draw the same dropout."""
-    drop = ["model.dropout=0.2", "model.attn.dropout=0.2", "model.ffn.dropout=0.2"]
+    drop = ["model.dropout=0.2", "model.attn.dropout=0.2"]
+    drop += [f"model.ffn.{x}dropout=0.2" for x in (("dense.", "sparse.") if model == "deepseek_v3" else ("",))]
     found = []
     for on in ("false", "true"):
         m = made(model, f"model.checkpoint={on}", *drop).train()
         torch.manual_seed(7)
         s, _ = m(tokens(), targets=tokens(seed=2))
         s.logprob.sum().backward()
-        found.append([s.logprob.detach(), *(p.grad for p in m.parameters())])
+        found.append([s.logprob.detach(), *(p.grad for p in m.parameters() if p.requires_grad)])
     for one, other in zip(*found):
         torch.testing.assert_close(one, other)
 
@@ -395,26 +481,27 @@ def every_model() -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("choice", every_model(), ids="-".join)
-def test_rules_of_every_model(choice: list[str]) -> None:
-    """Nothing shared but tied embeddings; a plan for tensor parallelism; every parameter initialised, from any device."""
-    m = made(*choice)
-    tied = choice[-1].endswith("true")
+def keep_the_rules(m: Transformer, tied: bool) -> None:
+    """Nothing shared but tied embeddings; a plan for tensor parallelism of every weight."""
     names: dict[int, list[str]] = {}
     for name, p in m.named_parameters(remove_duplicate=False):
-        names.setdefault(p.data_ptr(), []).append(name)
+        names.setdefault(id(p), []).append(name)
     shared = [n for n in names.values() if len(n) > 1]
     assert shared == ([["embed.weight", "head.weight"]] if tied else [])
+    modules = [module for module in m.modules() if list(module.parameters(recurse=False))]
+    assert len({id(module) for module in modules}) == len(modules)
     assert m.n_params() == sum(p.numel() for p in m.parameters())
     for name, module in m.named_modules():
         own = {n for n, child in module.named_children() if isinstance(child, nn.Linear)}
         if own:
             plan = module.tp_plan
-            assert own <= plan.keys() and set(plan.values()) <= {"col", "row", "replicate"}, name
+            assert own <= plan.keys() and set(plan.values()) <= {"col", "row", "expert", "replicate"}, name
         if type(module).__module__.startswith("etude") and list(module.parameters(recurse=False)):
             assert {n for n, _ in module.named_parameters(recurse=False)} <= module.tp_plan.keys(), name
-    with torch.device("meta"):
-        empty = uninitialised(*choice)
+
+
+def fill_from_meta(empty: Transformer) -> None:
+    """A model of the meta device, moved to memory full of NaN: init_weights leaves none, and logits are finite."""
     empty.to_empty(device="cpu")
     for p in empty.parameters():
         p.data.fill_(math.nan)
@@ -423,25 +510,146 @@ def test_rules_of_every_model(choice: list[str]) -> None:
     assert torch.isfinite(empty(tokens())).all()
 
 
-@pytest.mark.parametrize("model", ["dense", "gpt"])
+@pytest.mark.parametrize("choice", every_model(), ids="-".join)
+def test_rules_of_every_model(choice: list[str]) -> None:
+    """Nothing shared but tied embeddings; a plan for tensor parallelism; every parameter initialised, from any device."""
+    m = made(*choice)
+    keep_the_rules(m, tied=choice[-1].endswith("true"))
+    assert len({p.data_ptr() for p in m.parameters()}) == len(list(m.parameters()))
+    with torch.device("meta"):
+        empty = uninitialised(*choice)
+    fill_from_meta(empty)
+
+
+@functools.cache
+def attention_nodes() -> dict[str, dict[str, Any]]:
+    added = ["model.pos=learned"]  # to a model without rotary positions
+    return {
+        a: model_node(*small("dense", f"model/attn={a}", *(added if a == "mha" else [])))["attn"] for a in ATTENTIONS
+    }
+
+
+@functools.cache
+def feed_forward_nodes() -> dict[str, dict[str, Any]]:
+    return {f: model_node(*small("dense", f"model/ffn={f}"))["ffn"] for f in FEED_FORWARDS}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rules_of_every_combination(model: str) -> None:
+    """Every model with every attention and every feed-forward part: the rules above, and a description of what was built
+    that is the config it was built from."""
+    node, checked = model_node(*small(model)), 0
+    for attn, ffn in itertools.product(attention_nodes().values(), feed_forward_nodes().values()):
+        if node["pos"] != "rope" and attn["rope"] is not None:
+            continue
+        whole = node | {"attn": attn, "ffn": ffn}
+        with torch.device("meta"):
+            m = build(whole, V)
+        keep_the_rules(m, node["tied"])
+        assert m.node == whole
+        checked += 1
+    assert checked == len(FEED_FORWARDS) * (len(ATTENTIONS) if node["pos"] == "rope" else 1)
+
+
+@pytest.mark.parametrize("attn", ATTENTIONS)
+def test_every_combination_is_initialised(attn: str) -> None:
+    """Whatever the memory held before; with norms at each place, so that none is left out."""
+    node = model_node(*small("gpt" if attn == "mha" else "dense"))
+    for i, ffn in enumerate(feed_forward_nodes().values()):
+        norm_at = ("pre", "post", "sandwich")[i % 3]
+        with torch.device("meta"):
+            empty = build(node | {"attn": attention_nodes()[attn], "ffn": ffn, "norm_at": norm_at}, V)
+        fill_from_meta(empty)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_description_is_the_config(model: str) -> None:
+    """What was built says how to build it again, as JSON: lists over the layers, scaled positions and all; and building
+    from it gives the same parameters."""
+    node = model_node(*small(model, "model.residual_scale=0.5", "model.norm_at=sandwich"))
+    node = node | {"attn": node["attn"] | {"window": [3, None]}}
+    if node["attn"]["rope"] is not None:
+        node["attn"] |= {"rope_layers": [True, False]}
+        node["attn"]["rope"] = model_node("model=dense", "model/attn/rope=yarn")["attn"]["rope"]
+    m = build(node, V)
+    assert m.node == node and json.loads(json.dumps(m.node)) == node
+    again = build(json.loads(json.dumps(m.node)), V)
+    assert [(n, p.shape) for n, p in again.named_parameters()] == [(n, p.shape) for n, p in m.named_parameters()]
+    assert repr(again) == repr(m) and again.node == m.node
+
+
+def test_the_description_has_what_was_left_to_defaults() -> None:
+    """A config may leave out an argument that has a default: the model is built, and described with it or without."""
+    node = dict(model_node(*small("dense")))
+    node["norm"] = {k: v for k, v in node["norm"].items() if k != "eps"}
+    m = build(node, V)
+    assert build(m.node, V).norm.eps == m.norm.eps == parts.RMSNorm(4).eps
+
+
+def test_the_description_keeps_arguments_of_other_packages() -> None:
+    """A part from elsewhere need not have keyword-only arguments: what the config gave it must not get lost."""
+    node = model_node(*small("dense")) | {"norm": {"_target_": "torch.nn.RMSNorm", "_partial_": True, "eps": 0.25}}
+    m = build(node, V)
+    assert m.norm.eps == 0.25
+    assert build(m.node, V).norm.eps == 0.25
+
+
+@pytest.mark.parametrize("model", ["dense", "gpt", "moe", "deepseek_v3"])
 def test_initialisation_is_the_table(model: str) -> None:
-    """Standard deviations of what is drawn, by name; means 0; biases 0; norms 1."""
-    small = [f"model={model}", "model.dim=128", "model.n_layers=3", "model.attn.n_heads=4", "model.tied=false"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        node = check(compose("train", overrides=small), "train")["model"]
+    """Standard deviations of what is drawn, by name; means 0; biases 0; norms 1. Experts' weights as any others: `out`
+    writes into the residual stream, each expert has its own numbers."""
+    node = model_node(f"model={model}", "model.dim=128", "model.n_layers=3", "model.attn.n_heads=4", "model.tied=false")
     for std, expected in ((None, 0.02 * math.sqrt(768 / 128)), (0.05, 0.05)):
         torch.manual_seed(0)
         m = build(node | {"init_std": std}, 500)
         m.init_weights()
+        stacked = 0
         for name, p in m.named_parameters():
             if name.endswith("bias"):
                 assert (p == 0).all(), name
             elif "norm" in name:
                 assert (p == 1).all(), name
             else:
-                wanted = expected / math.sqrt(6) if name.endswith(".out.weight") else expected
-                assert p.std().item() == pytest.approx(wanted, rel=5 / math.sqrt(2 * p.numel()) + 0.005), name
-                assert abs(p.mean().item()) < 5 * wanted / math.sqrt(p.numel()), name
+                wanted = expected / math.sqrt(6) if name.removesuffix(".weight").endswith(".out") else expected
+                for part in p if p.dim() == 3 else [p]:
+                    assert part.std().item() == pytest.approx(wanted, rel=5 / math.sqrt(2 * part.numel()) + 0.005), name
+                    assert abs(part.mean().item()) < 5 * wanted / math.sqrt(part.numel()), name
+                stacked += p.dim() == 3
+                assert p.dim() < 3 or len(p.flatten(1).unique(dim=0)) == len(p), name
+        assert stacked == {"dense": 0, "gpt": 0, "moe": 6, "deepseek_v3": 4}[model]
+
+
+def test_roles_of_parameters() -> None:
+    """The table by which weights are drawn and rates are set, name by name; every parameter of every model has a role."""
+    expected = {
+        "embed.weight": "embedding",
+        "head.weight": "head",
+        "norm.weight": "vector",
+        "blocks.1.attn_norm.weight": "vector",
+        "blocks.1.attn.q_down.weight": "hidden",
+        "blocks.1.attn.q_norm.weight": "vector",
+        "blocks.1.attn.q_up.weight": "hidden",
+        "blocks.1.attn.kv_down.weight": "hidden",
+        "blocks.1.attn.kv_up.weight": "hidden",
+        "blocks.1.attn.out.weight": "residual",
+        "blocks.1.ffn.router.weight": "hidden",
+        "blocks.1.ffn.bias": "vector",
+        "blocks.1.ffn.gate_up": "hidden",
+        "blocks.1.ffn.out": "residual",
+        "blocks.1.ffn.shared.gate.weight": "hidden",
+        "blocks.1.ffn.shared.out.weight": "residual",
+    }
+    found = {n: roles.role(n, p) for n, p in uninitialised("deepseek_v3").named_parameters()}
+    assert expected.items() <= found.items()
+    gpt = {n: roles.role(n, p) for n, p in uninitialised("gpt", "model.tied=false").named_parameters()}
+    assert (gpt["pos_embed.weight"], gpt["blocks.0.attn.out.bias"], gpt["head.weight"]) == (
+        "embedding",
+        "vector",
+        "head",
+    )
+    for model in MODELS:
+        m = uninitialised(model, "model.norm_at=sandwich")
+        assert {roles.role(n, p) for n, p in m.named_parameters()} <= set(roles.ROLES)
 
 
 def test_counts_by_hand() -> None:

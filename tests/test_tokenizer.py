@@ -2,11 +2,12 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import varied_text
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from etude.errors import Refusal
 from etude.text import tokenizer as tok
@@ -194,3 +195,100 @@ def test_bad_tokenizer_files_are_refused(tmp_path) -> None:
         tok.file([], [], path=str(tmp_path / "bad.json"))
     (tmp_path / "good.json").write_text(bpe().to_json(), encoding="utf-8")
     assert tok.file([], [], path=str(tmp_path / "good.json")).encode(HARD[5]) == bpe().encode(HARD[5])
+
+
+# ---------------------------------------------------------------- from a folder
+
+
+def with_beginning() -> Backend:
+    """Its post-processor puts a beginning token before a text, as Llama's does."""
+    backend = byte().backend
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{tok.BOS} $A", special_tokens=[(tok.BOS, backend.token_to_id(tok.BOS))]
+    )
+    return backend
+
+
+def test_what_is_put_before_a_text() -> None:
+    """Only at a beginning, never in a corpus; our own tokenizers put nothing."""
+    tokenizer = Tokenizer(with_beginning())
+    assert tokenizer.encode("ab") == [97, 98] and tokenizer.encode("ab", begin=True) == [tokenizer.bos, 97, 98]
+    assert tokenizer.encode("", begin=True) == [tokenizer.bos] and tokenizer.encode("") == []
+    assert tokenizer.encode_many(["ab"])[0].tolist() == [97, 98]
+    for ours in (byte(), bpe()):
+        assert ours.encode("ab", begin=True) == ours.encode("ab") and ours.encode("", begin=True) == []
+
+
+def test_special_tokens_by_their_names() -> None:
+    """A config's names come first, as text or as objects; without one the usual ones; ids that end a text or a turn, with
+    the end token among them and none that the vocabulary does not have."""
+    backend = byte().backend
+    plain = Tokenizer(backend)
+    assert plain.stop_ids == {plain.eos} and plain.token(plain.eos) == tok.EOS and plain.token(None) is None
+    config = {"eos_token": {"content": tok.IM_END}, "bos_token": tok.PAD, "pad_token": "not there"}
+    named = Tokenizer(backend, config, stop_ids=[tok.byte([], []).eos or 0, 5, 9999, -1])
+    ids = {t: backend.token_to_id(t) for t in tok.SPECIAL}
+    assert (named.eos, named.bos, named.pad) == (ids[tok.IM_END], ids[tok.PAD], ids[tok.PAD])
+    assert named.stop_ids == {ids[tok.EOS], ids[tok.IM_END], 5}
+    assert tok.char(["ab"], ["ab"], unknown="error").stop_ids == set()
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{{ messages }}", [{"name": "tool", "template": "x"}, {"name": "default", "template": "y"}]]
+)
+def test_a_folder_holds_all_of_a_tokenizer(template: object, tmp_path: Path) -> None:
+    """Names, template, stop tokens and what is put before a text survive being written and read, twice; and a template in
+    a file of its own counts more than the one in the config."""
+    config = {"eos_token": tok.IM_END, "chat_template": template, "model_max_length": 77}
+    tokenizer = Tokenizer(with_beginning(), {k: v for k, v in config.items() if v is not None}, stop_ids=[7])
+    assert tokenizer.template == ("y" if isinstance(template, list) else template)
+    for turn in ("one", "two"):
+        folder = tmp_path / turn
+        folder.mkdir()
+        for name, text in tokenizer.files().items():
+            (folder / name).write_text(text, encoding="utf-8")
+        again = tok.load(folder)
+        for what in ("bos", "eos", "pad", "stop_ids", "template", "vocab_size"):
+            assert getattr(again, what) == getattr(tokenizer, what), what
+        assert again.encode("ab", begin=True) == [tokenizer.bos, 97, 98] and again.sha256() == tokenizer.sha256()
+        assert again.config["model_max_length"] == 77
+        tokenizer = again
+    (folder / "chat_template.jinja").write_text("z", encoding="utf-8")
+    assert tok.load(folder).template == "z"
+
+
+def test_transformers_reads_our_folder(tmp_path: Path) -> None:
+    """The same ids, the same special tokens, no warning."""
+    from transformers import AutoTokenizer
+
+    tokenizer = bpe()
+    for name, text in tokenizer.files().items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in HARD[2:8]:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text) and theirs.decode(tokenizer.encode(text)) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
+        tokenizer.bos,
+        tokenizer.eos,
+        tokenizer.pad,
+    )
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_bad_files_beside_a_tokenizer_are_named(name: str, tmp_path: Path) -> None:
+    """Read as if they were not there, a model would not stop where it should."""
+    (tmp_path / "tokenizer.json").write_text(bpe().to_json(), encoding="utf-8")
+    (tmp_path / name).write_text("{")
+    with pytest.raises(Refusal, match=f"{name} cannot be read"):
+        tok.load(tmp_path)
+    (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(Refusal, match=f"{name} cannot be read"):
+        tok.load(tmp_path)
+
+
+def test_a_generation_config_without_an_end(tmp_path: Path) -> None:
+    """null says that there is none: the tokenizer's own counts."""
+    (tmp_path / "tokenizer.json").write_text(bpe().to_json(), encoding="utf-8")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    found = tok.load(tmp_path)
+    assert found.stop_ids == {found.eos}

@@ -29,45 +29,88 @@ def run(cfg: dict) -> int:
         raise Refusal(
             f"rounds={cfg['rounds']} and steps={cfg['steps']} should be at least 1 and warmup_steps={cfg['warmup_steps']} at least 0"
         )
+    other_cfg = rival(cfg["against"]) if cfg["against"] is not None else None
     data, prepared = prepare_data(cfg)
     parallel = conf.build(cfg["parallel"])
     if getattr(parallel, "nproc", 1) > 1:
         raise Refusal("bench.py times one process; use parallel=single")
     with parallel.world(cfg["threads"]) as world:
         session = Session(cfg, data, prepared, parallel, world)
-        result: dict[str, Any] = {
-            "model": cfg["tag"] or cfg["model"]["_target_"].rpartition(".")[2],
-            "parameters": session.model.n_params(),
-            "device": describe(world.device),
-            "precision": session.precision,
-            "compile": cfg["compile"],
-        }
-        tokens = cfg["batch_size"] * data.seq_len
-        decoding = cfg["what"] == "decode"
-        whole = cfg["decode_tokens"] * cfg["decode_batch"] if decoding else tokens * cfg["steps"]
-        train = Training(session) if cfg["what"] in ("train", "all") else None
-        theirs: list[float] = []
-        rounds: list[dict[str, float]] = []
-        decoded: list[float] = []
-        for _ in range(cfg["rounds"]):
-            if train is not None:
-                rounds.append(train.round(cfg["steps"]))
-            if cfg["what"] in ("decode", "all"):
-                decoded.append(decode_rate(session, cfg["decode_tokens"], cfg["decode_batch"]))
-            if cfg["compare"] is not None:
-                theirs.append(other(cfg, tokens, whole))
-        if train is not None:
-            result |= summary(rounds, tokens, session)
-        if decoded:
-            result["decode_tokens_per_s"] = statistics.median(decoded)
-            uncached = decode_rate(session, cfg["decode_tokens"], cfg["decode_batch"], use_cache=False)
-            result["uncached_tokens_per_s"] = uncached
-        if theirs:
-            ours = result["tokens_per_s"] if train is not None else result["decode_tokens_per_s"]
-            result |= {"their_tokens_per_s": statistics.median(theirs), "ratio": ours / statistics.median(theirs)}
-        result["peak_memory_mib"] = peak_memory(world.device)
+        against = None if other_cfg is None else Session(other_cfg, *prepare_data(other_cfg), parallel, world)
+        result = measure(cfg, session, against)
     show(result)
     return 0
+
+
+def rival(overrides: str) -> dict:
+    """The config of another side: our command line with `overrides`, separated by spaces. A group that they choose anew
+    takes nothing of ours: model=dense drops our model.ffn.n_experts=64."""
+    from hydra import compose
+
+    from etude.training import typed_overrides
+
+    key = lambda override: override.partition("=")[0].lstrip("+~")  # noqa: E731
+    added = shlex.split(overrides)
+    chosen = [key(o) for o in added if key(o) in conf.groups()]
+    mine = [o for o in typed_overrides() if key(o) != "against" and re.split(r"[./]", key(o))[0] not in chosen]
+    return conf.check(compose("bench", overrides=mine + added), "bench")
+
+
+def measure(cfg: dict, session: Any, against: Any) -> dict[str, Any]:
+    """All figures of one command: each round times us, the other side and the other program in turn."""
+    tokens = cfg["batch_size"] * session.data.seq_len
+    result: dict[str, Any] = {
+        "model": cfg["tag"] or cfg["model"]["_target_"].rpartition(".")[2],
+        "parameters": session.model.n_params(),
+        "active_parameters": session.model.n_active(),
+        "device": describe(session.device),
+        "precision": session.precision,
+        "compile": cfg["compile"],
+    }
+    training, decoding = cfg["what"] in ("train", "all"), cfg["what"] in ("decode", "all")
+    whole = tokens * cfg["steps"] if training else cfg["decode_tokens"] * cfg["decode_batch"]
+    sides = [s for s in (session, against) if s is not None]
+    trainings = [Training(s) for s in sides] if training else []
+    rounds: list[list[dict[str, float]]] = [[] for _ in sides]
+    decoded: list[list[float]] = [[] for _ in sides]
+    theirs: list[float] = []
+    for _ in range(cfg["rounds"]):
+        for i, side in enumerate(sides):
+            if training:
+                rounds[i].append(trainings[i].round(side.cfg["steps"]))
+            if decoding:
+                decoded[i].append(decode_rate(side, cfg["decode_tokens"], cfg["decode_batch"]))
+        if cfg["compare"] is not None:
+            theirs.append(other(cfg, tokens, whole))
+    if training:
+        result |= summary(rounds[0], tokens, session)
+    if decoding:
+        result["decode_tokens_per_s"] = statistics.median(decoded[0])
+        result["uncached_tokens_per_s"] = decode_rate(
+            session, cfg["decode_tokens"], cfg["decode_batch"], use_cache=False
+        )
+    if against is not None:
+        result["against"] = cfg["against"]
+        result["against_active_parameters"] = against.model.n_active()
+        pairs: list[tuple[str, list[float]]] = []
+        if training:
+            size = against.cfg["batch_size"] * against.data.seq_len
+            result["against_tokens_per_s"] = summary(rounds[1], size, against)["tokens_per_s"]
+            pairs.append(("against_ratio", [size_ratio(tokens, a, size, b) for a, b in zip(*rounds)]))
+        if decoding:
+            result["against_decode_tokens_per_s"] = statistics.median(decoded[1])
+            pairs.append(("against_decode_ratio", [a / b for a, b in zip(*decoded)]))
+        result |= {name: statistics.median(ratios) for name, ratios in pairs}
+    if theirs:
+        ours = result["tokens_per_s"] if training else result["decode_tokens_per_s"]
+        result |= {"their_tokens_per_s": statistics.median(theirs), "ratio": ours / statistics.median(theirs)}
+    result["peak_memory_mib"] = peak_memory(session.device)
+    return result
+
+
+def size_ratio(tokens: int, ours: dict[str, float], other: int, theirs: dict[str, float]) -> float:
+    """Our tokens a second over the other side's, in one round: neighbours then disturb both alike."""
+    return tokens / ours["step"] / (other / theirs["step"])
 
 
 class Training:

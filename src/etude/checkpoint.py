@@ -14,52 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from etude.errors import Refusal, StorageFault
+from etude.model import weights
 
 MANIFEST = "manifest.json"
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, a tied one once, under its first name."""
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-
-
-def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into the parameters, by name. Raises Refusal if names or shapes differ."""
-    parameters = dict(model.named_parameters())
-    if wrong := sorted(parameters.keys() ^ tensors.keys()):
-        raise Refusal(
-            f"the weights do not fit the model: {wrong[0]} is only in {'the model' if wrong[0] in parameters else 'the file'}"
-        )
-    with torch.no_grad():
-        for name, p in parameters.items():
-            if p.shape != tensors[name].shape:
-                raise Refusal(
-                    f"the weights do not fit the model: {name} is {tuple(tensors[name].shape)} in the file and {tuple(p.shape)} in the model"
-                )
-            p.copy_(tensors[name])
-
-
-def materialize(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give a model made on the meta device these tensors as its parameters, tied ones shared. Raises Refusal if names or
-    shapes differ."""
-    first: dict[int, str] = {}
-    made: dict[str, nn.Parameter] = {}
-    for name, p in list(model.named_parameters(remove_duplicate=False)):
-        source = first.setdefault(id(p), name)
-        if source not in tensors or tensors[source].shape != p.shape:
-            found = f"{tuple(tensors[source].shape)}" if source in tensors else "nothing"
-            raise Refusal(
-                f"the weights do not fit the model: {source} should be {tuple(p.shape)}, the file has {found}"
-            )
-        parameter = made.setdefault(source, nn.Parameter(tensors[source]))
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, parameter)
-    if left := sorted(tensors.keys() - made.keys()):
-        raise Refusal(f"the weights do not fit the model: it has no {left[0]}")
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -96,7 +56,7 @@ def save(folder: Path, files: dict[str, dict[str, Tensor] | dict | str]) -> Path
             if isinstance(content, str):
                 path.write_text(content, encoding="utf-8")
             elif name.endswith(".safetensors"):
-                save_file(content, path, metadata={"format": "pt"})  # type: ignore[arg-type]
+                weights.write(content, path)  # type: ignore[arg-type]
             else:
                 path.write_text(json.dumps(content, indent=1), encoding="utf-8")
             manifest[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -203,25 +163,21 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
-def tensors(folder: Path, name: str, device: str = "cpu") -> dict[str, Tensor]:
-    return load_file(folder / f"{name}.safetensors", device=device)
-
-
 def find(path: str) -> Path:
-    """The folder with model.safetensors, config.json and tokenizer.json that `path` means: a run (its newest whole
+    """The folder with weights, config.json and tokenizer.json that `path` means: a run (its newest whole
     checkpoint, else its export), a checkpoint or an export. Raises Refusal where there is none, or it is damaged."""
     given = Path(path).expanduser()
     if not given.exists():
         runs = sorted(p.name for p in given.parent.glob("*") if p.is_dir()) if given.parent.is_dir() else []
         near = f"; the newest there is {given.parent / runs[-1]}" if runs else ""
         raise Refusal(f"ckpt={path} does not exist{near}")
-    if (given / "model.safetensors").exists():
+    if weights.files(given) is not None:
         if (given / MANIFEST).exists() and (reason := fault(given)):
             raise Refusal(f"ckpt={path} is damaged: {reason}")
         return given
     checkpoints = given / "artifacts" / "checkpoints" if (given / "artifacts").is_dir() else given
     if (folder := newest(checkpoints)) is not None:
         return folder
-    if (given / "artifacts" / "export" / "model.safetensors").exists():
-        return given / "artifacts" / "export"
+    if weights.files(export := given / "artifacts" / "export") is not None:
+        return export
     raise Refusal(f"ckpt={path} holds no checkpoint yet; give a run's folder, a checkpoint's folder or an export")

@@ -9,6 +9,7 @@ comes before the `*` and belongs to a `_partial_: true` node.
 
 import ast
 import dataclasses
+import functools
 import re
 import sys
 import types
@@ -73,6 +74,8 @@ class Generate:
 
     ckpt: str
     prompt: str | None
+    chat: bool
+    system: str | None
     file: str | None
     out: str | None
     n: int
@@ -103,12 +106,24 @@ class Bench(Train):
     rounds: int
     decode_tokens: int
     decode_batch: int
+    against: str | None
     compare: str | None
     compare_pattern: str | None
     compare_tokens: int | None
 
 
-SCRIPTS: dict[str, type] = {"train": Train, "generate": Generate, "bench": Bench}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """The root keys of convert.py; conf/convert.yaml says what each does."""
+
+    from_: str  # the key is `from`, which Python keeps for itself
+    to: str
+    dtype: Literal["keep", "fp32", "bf16", "fp16"]
+    shard_gb: float
+    trusted: list[str]
+
+
+SCRIPTS: dict[str, type] = {"train": Train, "generate": Generate, "bench": Bench, "convert": Convert}
 
 
 def nodes(cfg: Any, path: str = "") -> Iterator[tuple[str, dict]]:
@@ -135,10 +150,12 @@ def check_targets(cfg: dict, trusted: list[str]) -> None:
             sig = signature(target)
         except Refusal as error:
             raise Refusal(f"{path}._target_: {error}") from None
-        given = {k: v for k, v in node.items() if not (k.startswith("_") and k.endswith("_"))}
+        given = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
         for key, value in given.items():
-            if key not in sig.params:
-                if sig.open:
+            # Of ours, the keyword-only arguments are the config's: what code supplies cannot come from a file.
+            supplied = target.startswith("etude.") and key in sig.params and not sig.params[key].keyword_only
+            if key not in sig.params or supplied:
+                if sig.open and not key.startswith("_") and not supplied:
                     continue
                 raise Refusal(
                     f"unknown key {path}.{key}{did_you_mean(key, [p.name for p in sig.params.values() if p.keyword_only or not node.get('_partial_')], path + '.')}"
@@ -146,19 +163,25 @@ def check_targets(cfg: dict, trusted: list[str]) -> None:
             annotation = sig.params[key].annotation
             if annotation is not None and not fits(value, ast.unparse(annotation)):
                 raise Refusal(f"{path}.{key}={show(value)} should be {wanted(ast.unparse(annotation))}")
+            if annotation is not None and isinstance(value, dict) and "_target_" not in value:
+                if not {"dict", "Any", "Mapping"} & {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)}:
+                    group = f"{path}.{key}".replace(".", "/")
+                    raise Refusal(
+                        f"{path}.{key} has settings and no _target_: choose a part with {group}=<choice>, or set {path}.{key}=null"
+                    )
         partial = node.get("_partial_", False)
         for p in sig.params.values():
             if p.required and p.name not in given and (p.keyword_only or not partial):
                 raise Refusal(f"missing {path}.{p.name}: {target} needs it; type {path}.{p.name}=<value>")
 
 
-def check_relations(cfg: dict, parent: dict | None = None) -> None:
+def check_relations(cfg: dict, above: dict | None = None) -> None:
     """Run each target class's `check`, a static method of plain Python that raises ValueError for settings that do not fit
     together. It is compiled from its source alone, without importing the module, and takes by name what it wants of
-    the node's and its parent's settings. Raises Refusal with its message."""
+    the node's settings and of those above it. Raises Refusal with its message."""
+    known = (above or {}) | cfg
     target = cfg.get("_target_")
     if target and (function := check_method(target)) is not None:
-        known = (parent or {}) | cfg
         code = function.__code__
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         if all(n in known for n in names):
@@ -166,9 +189,12 @@ def check_relations(cfg: dict, parent: dict | None = None) -> None:
                 function(**{n: known[n] for n in names})
             except ValueError as error:
                 raise Refusal(str(error)) from None
+            except (TypeError, KeyError, AttributeError) as error:
+                settings = ", ".join(f"{n}={show(cfg[n])}" for n in names if n in cfg)
+                raise Refusal(f"one of {settings} is of the wrong kind for {target}: {error}") from None
     for value in cfg.values():
         if isinstance(value, dict):
-            check_relations(value, cfg)
+            check_relations(value, known)
 
 
 def check(cfg: Any, script: str) -> dict:
@@ -182,23 +208,28 @@ def check(cfg: Any, script: str) -> dict:
     except OmegaConfBaseException as error:
         raise Refusal(f"config: {error.full_key or 'value'}: {str(error).splitlines()[0]}") from None
     if missing:
-        hint = {"ckpt": "runs/<run>, a checkpoint folder or an export", "data.path": "a file, a folder or a glob"}
+        hint = {
+            "ckpt": "runs/<run>, a checkpoint folder or an export",
+            "data.path": "a file, a folder or a glob",
+            "from": "a Hugging Face folder, a .gguf file or runs/<run>",
+            "to": "a new folder",
+        }
         raise Refusal("; ".join(f"{key} is missing: type {key}=<{hint.get(key, 'value')}>" for key in missing))
     assert isinstance(plain, dict)
-    fields = {f.name: f for f in dataclasses.fields(SCRIPTS[script])}
+    fields = {f.name.rstrip("_"): f for f in dataclasses.fields(SCRIPTS[script])}
     names = groups()
     for key, value in ((str(k), v) for k, v in plain.items()):
         if key in fields:
             annotation = _annotation(fields[key].type)
             if not fits(value, annotation):
                 raise Refusal(f"{key}={show(value)} should be {wanted(annotation)}")
-        elif key not in names or script == "generate":
+        elif key not in names or not issubclass(SCRIPTS[script], Train):
             raise Refusal(f"unknown key {key}{did_you_mean(key, [*fields, *names])}")
     for name in fields.keys() - plain.keys():
         raise Refusal(f"missing {name}: conf/{script}.yaml does not set it")
     check_targets({k: v for k, v in plain.items() if k not in fields}, plain["trusted"])
     check_relations({k: v for k, v in plain.items() if isinstance(v, dict)})
-    if script != "generate":
+    if issubclass(SCRIPTS[script], Train):
         _check_train(plain)
     return plain
 
@@ -284,22 +315,45 @@ def build(node: dict, *args: Any) -> Any:
         raise Refusal(str(error)) from error
 
 
+def describe(target: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `build`: the `_partial_` node of a class or function with these settings, made of plain values,
+    `functools.partial`s and dataclasses."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, functools.partial):
+            return describe(value.func, value.keywords)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            node = describe(type(value), vars(value))
+            del node["_partial_"]
+            return node
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    node = {"_target_": f"{target.__module__}.{target.__qualname__}", "_partial_": True}
+    return node | {n: plain(v) for n, v in settings.items()}
+
+
 def check_all() -> list[str]:
     """Compose and check every root file with every choice of every group; -> one line for each that fails."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
     failures = []
-    choices = sorted((str(p.parent.relative_to(CONF)), p.stem) for p in CONF.rglob("*.yaml") if p.parent != CONF)
-    jobs: list[tuple[str, list[str]]] = [(script, []) for script in SCRIPTS] + [
-        ("train", [f"{group}={choice}"]) for group, choice in choices
-    ]
-    needs = {"text": ["data.path=x"], "file": ["tokenizer.path=x"]}  # what a choice cannot have a default for
+    jobs: list[tuple[str, list[str]]] = [(script, []) for script in SCRIPTS]
+    for path in sorted(p for p in CONF.rglob("*.yaml") if p.parent != CONF):
+        group, choice = path.parent.relative_to(CONF), path.stem
+        if path.parent.with_suffix(".yaml").exists():  # conf/model/llama/1b.yaml is model=llama/1b
+            group, choice = group.parent, f"{group.name}/{choice}"
+        jobs.append(("train", [f"{group}={choice}"]))
+    # What a choice or a script cannot have a default for.
+    needs = {
+        "generate": ["ckpt=x"],
+        "convert": ["from=x", "to=y"],
+        "data=text": ["data.path=x"],
+        "tokenizer=file": ["tokenizer.path=x"],
+    }
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for script, overrides in jobs:
-            extra = (
-                ["ckpt=x"] if script == "generate" else needs.get(overrides[0].split("=")[1], []) if overrides else []
-            )
+            extra = needs.get(overrides[0] if overrides else script, [])
             try:
                 check(compose(script, overrides=overrides + extra), script)
             except (HydraException, Refusal) as error:

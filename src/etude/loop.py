@@ -131,11 +131,14 @@ def fit(
                 tracker.histograms(done, histograms)
             optimizer.step()
             optimizer.zero_grad()
+            load = router_load(sums, world)
+            if load is not None:
+                bare.balance(load)
             progress.step, progress.tokens = done, progress.tokens + size * batches.data.seq_len
 
             values: dict[str, float] = {}
             if logging:
-                values = {f"train/{k}": v for k, v in reduce(sums, world).items()}
+                values = {f"train/{k}": v for k, v in (reduce(sums, world) | spread(load)).items()}
                 now = time.perf_counter()
                 rate = (done - last_log[1]) * size * batches.data.seq_len / (now - last_log[0])
                 last_log = now, done
@@ -238,6 +241,29 @@ def reduce(sums: list[dict], world: World) -> dict[str, float]:
     return {n: flat[2 * i] / max(flat[2 * i + 1], 1e-9) for i, n in enumerate(names)}
 
 
+def router_load(sums: list[dict], world: World) -> Tensor | None:
+    """Take the experts' load out of the micro-batches' metrics: (sparse layers, experts) tokens of the whole step on all
+    ranks, None for a dense model."""
+    loads = [metrics.pop("router/load")[0] for metrics in sums if "router/load" in metrics]
+    if not loads:
+        return None
+    total = torch.stack(loads).sum(0)
+    return torch.tensor(world.sum(total.flatten().tolist()), device=total.device).view_as(total)
+
+
+def spread(load: Tensor | None) -> dict[str, float]:
+    """How even a step's load is: the largest and smallest share of an expert in any layer, 1 being an even one, and how
+    many experts saw no token."""
+    if load is None:
+        return {}
+    share = load / load.mean(-1, keepdim=True).clamp_min(1e-9)
+    return {
+        "router/max_load": share.max().item(),
+        "router/min_load": share.min().item(),
+        "router/dead": float((load == 0).sum()),
+    }
+
+
 def batch_hash(collected: list[Batch], world: World) -> int:
     """A number for the step's samples, the same however they are spread over micro-batches and ranks."""
     rows = sum(zlib.crc32(row.tobytes()) for b in collected for row in b["tokens"].cpu().numpy())
@@ -263,7 +289,9 @@ def validate(
     for i, batch in enumerate(batches):
         if i % world.size == world.rank:
             with autocast:
-                sums.append({k: (float(s), float(n)) for k, (s, n) in strategy.loss(model, ref, batch)[1].items()})
+                metrics = strategy.loss(model, ref, batch)[1]
+            metrics.pop("router/load", None)
+            sums.append({k: (float(s), float(n)) for k, (s, n) in metrics.items()})
     model.train(training)
     totals: dict[str, list[float]] = {}
     for metrics in sums:

@@ -3,17 +3,35 @@
 import torch
 from torch import nn
 
+from etude.errors import Refusal
+from etude.model.roles import ROLES, role
 
-def adamw(model: nn.Module, *, lr: float, betas: list[float], eps: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), fused. Matrices and embeddings are decayed; vectors (norms, biases) are not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+
+def adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: list[float],
+    eps: float,
+    weight_decay: float,
+    lr_scale: dict[str, float],
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019), fused. The table in model/roles.py says which parameters are decayed, and a role's
+    rate is lr times its lr_scale. Raises Refusal for a role that the table does not have."""
+    if unknown := sorted(lr_scale.keys() - set(ROLES)):
+        raise Refusal(f"optimizer.lr_scale has no role {unknown[0]}; there is: {', '.join(ROLES)}")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            r = role(name, p)
+            decay = 0.0 if r == "vector" else weight_decay
+            groups.setdefault((lr_scale.get(r, 1.0), decay), []).append(p)
+    made = [
+        {"params": ps, "weight_decay": decay, "lr": lr * scale, "base_lr": lr * scale}
+        for (scale, decay), ps in groups.items()
     ]
-    groups = [g | {"base_lr": lr} for g in groups if g["params"]]
-    fused = parameters[0].device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
+    return torch.optim.AdamW(made, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

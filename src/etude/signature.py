@@ -5,7 +5,6 @@ import __future__
 import ast
 import difflib
 import importlib.machinery
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,21 +117,29 @@ def _constructor(node: ast.ClassDef, module: str) -> Signature:
 
 
 def check_method(target: str) -> Callable[..., None] | None:
+    """The static method `check` of a class or of one of its bases, or the function check_<name> beside a function; compiled
+    from its source alone. None where there is none."""
     module, _, name = target.rpartition(".")
     found = _find(module, name)
-    if found is None or not isinstance(found[1], ast.ClassDef):
+    if found is None:
         return None
-    for item in found[1].body:
-        if (
-            isinstance(item, ast.FunctionDef)
-            and item.name == "check"
-            and [ast.unparse(d) for d in item.decorator_list] == ["staticmethod"]
-        ):
-            item.decorator_list = []
-            space: dict[str, Any] = {}
-            exec(compile(ast.Module([item], []), module, "exec", flags=__future__.annotations.compiler_flag), space)
-            return space["check"]
-    return None
+    home, node = found
+    if isinstance(node, ast.FunctionDef):
+        beside = _find(home, f"check_{name}")
+        return _compiled(beside[1], home) if beside and isinstance(beside[1], ast.FunctionDef) else None
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "check":
+            if [ast.unparse(d) for d in item.decorator_list] == ["staticmethod"]:
+                return _compiled(item, home)
+    bases = (check_method(f"{home}.{base.id}") for base in node.bases if isinstance(base, ast.Name))
+    return next((check for check in bases if check is not None), None)
+
+
+def _compiled(function: ast.FunctionDef, module: str) -> Callable[..., None]:
+    function.decorator_list = []
+    space: dict[str, Any] = {}
+    exec(compile(ast.Module([function], []), module, "exec", flags=__future__.annotations.compiler_flag), space)
+    return space[function.name]
 
 
 def fits(value: Any, annotation: str) -> bool:
@@ -176,6 +183,10 @@ def fits_node(value: Any, node: ast.expr) -> bool:
 
 def wanted(annotation: str) -> str:
     """An annotation in words."""
+    return _words(ast.parse(annotation, mode="eval").body)
+
+
+def _words(node: ast.expr) -> str:
     words = {
         "int": "a whole number",
         "float": "a number",
@@ -184,17 +195,20 @@ def wanted(annotation: str) -> str:
         "None": "null",
         "dict": "a mapping",
     }
-    said = []
-    for part in re.split(r"\s*\|\s*", annotation):
-        if m := re.fullmatch(r"(?:\w+\.)?Literal\[(.*)\]", part):
-            said.append("one of " + re.sub("['\"]", "", m[1]))
-        elif m := re.fullmatch(r"(?:list|tuple)\[(\w+).*\]", part):
-            said.append(f"a list of {words.get(m[1], m[1]).removeprefix('a ')}s")
-        elif part.startswith("Callable"):
-            said.append("a part with a _target_")
-        else:
-            said.append(words.get(part, part))
-    return " or ".join(said)
+    if isinstance(node, ast.BinOp):
+        left, right = _words(node.left), _words(node.right)
+        return f"{left}, or {right}" if "list" in left else f"{left} or {right}"
+    if isinstance(node, ast.Subscript):
+        name = ast.unparse(node.value).rpartition(".")[2]
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        if name == "Literal":
+            return "one of " + ", ".join(str(o.value) for o in inner if isinstance(o, ast.Constant))
+        if name in ("list", "tuple"):
+            plural = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts"}
+            return "a list of " + " and ".join(plural.get(w, w) for w in _words(inner[0]).split(" or "))
+        return "a part with a _target_" if name == "Callable" else words.get(name, name)
+    text = ast.unparse(node)
+    return "a part with a _target_" if text.startswith("Callable") else words.get(text, text)
 
 
 def did_you_mean(word: str, options: list[str], prefix: str = "") -> str:

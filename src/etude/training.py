@@ -189,7 +189,7 @@ class Session:
 
     def sample(self, step: int) -> list[tuple[str, str]]:
         """Text after each of sample_prompts, written to the trackers by rank 0. -> (prompt, text) pairs."""
-        from etude.infer.generate import can_cache, complete
+        from etude.infer.generate import can_cache, complete, encode_prompt
         from etude.infer.sampling import Sampling
 
         if self.world.rank != 0 or not self.prompts:
@@ -198,7 +198,7 @@ class Session:
         rows = complete(
             self.model,
             self.tokenizer,
-            self.prompts,
+            [encode_prompt(self.tokenizer, p) for p in self.prompts],
             Sampling(temperature=0.8, top_k=50, seed=self.cfg["seed"]),
             self.cfg["sample_tokens"],
             use_cache=can_cache(self.model),
@@ -212,16 +212,17 @@ class Session:
     def save(self, best: bool) -> None:
         """A checkpoint of this moment; the other ranks wait until it is on disk."""
         from etude import checkpoint
+        from etude.model import weights
 
         if self.world.rank == 0:
             folder = checkpoint.save(
                 self.checkpoints / f"step_{self.progress.step:08d}",
                 {
-                    "model.safetensors": checkpoint.model_tensors(self.model),
+                    "model.safetensors": weights.model_tensors(self.model),
                     "optimizer.safetensors": checkpoint.optimizer_tensors(self.model, self.optimizer),
                     "state.json": self.state(),
                     "config.json": self.model_config(),
-                    "tokenizer.json": self.tokenizer.to_json(),
+                    **self.tokenizer.files(),
                 },
             )
             self.whole.add(folder)
@@ -256,8 +257,10 @@ class Session:
         }
 
     def model_config(self) -> dict:
+        from etude.model.weights import FORMAT
+
         return {
-            "format": 1,
+            "format": FORMAT,
             "step": self.progress.step,
             "vocab_size": self.tokenizer.vocab_size,
             "model": self.cfg["model"],
@@ -270,6 +273,7 @@ class Session:
         """Take weights, optimizer and progress from the run's newest whole checkpoint. A run that was stopped before its
         first checkpoint begins again."""
         from etude import checkpoint
+        from etude.model import weights
 
         found = None
         if self.world.rank == 0:
@@ -285,8 +289,8 @@ class Session:
                 raise Refusal(
                     f"the {what} is not what this run was trained on (sha256 {state[name][:12]} then, {self.prepared.meta[name.replace('data_', '')][:12]} now)"
                 )
-        checkpoint.load_model(self.model, checkpoint.tensors(folder, "model"))
-        checkpoint.load_optimizer(self.model, self.optimizer, checkpoint.tensors(folder, "optimizer"))
+        weights.load_model(self.model, weights.tensors(folder, "model"))
+        checkpoint.load_optimizer(self.model, self.optimizer, weights.tensors(folder, "optimizer"))
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
         self.restore_rng(state)
@@ -401,15 +405,16 @@ class Session:
         """artifacts/export: what inference needs, of the checkpoint with the best validation loss (the last one where
         none was evaluated)."""
         from etude import checkpoint
+        from etude.model import weights
 
         best = self.checkpoints / "best"
         source = best if best.exists() else self.checkpoints / "last"
         checkpoint.save(
             self.folder / "artifacts" / "export",
             {
-                "model.safetensors": checkpoint.tensors(source, "model"),
+                "model.safetensors": weights.tensors(source, "model"),
                 "config.json": json.loads((source / "config.json").read_text()),
-                "tokenizer.json": (source / "tokenizer.json").read_text(encoding="utf-8"),
+                **self.tokenizer.files(),
             },
         )
 

@@ -174,7 +174,7 @@ class Prepared:
 
     @property
     def tokenizer(self) -> tok.Tokenizer:
-        return tok.load(self.folder / "tokenizer.json")
+        return tok.load(self.folder)
 
     def ids(self, split: str) -> np.ndarray:
         """The memory-mapped ids of "train" or "val"."""
@@ -265,7 +265,8 @@ def _encode(
             meta[f"{split}_bytes"] = sum(len(t.encode()) for t in documents)
         ids = {s: np.fromfile(building / f"{s}.bin", dtype=dtype) for s in ("train", "val")}
         meta["bigram_loss"] = bigram_loss(ids["train"], ids["val"], tokenizer.vocab_size)
-        (building / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        for name, text in tokenizer.files().items():
+            (building / name).write_text(text, encoding="utf-8")
         (building / "meta.json").write_text(json.dumps(meta, indent=1))
         os.rename(building, folder)
     finally:

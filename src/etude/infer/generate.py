@@ -157,7 +157,7 @@ def _overlap(text: str, stop: str) -> int:
 def complete(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: list[str],
+    prompts: list[list[int]],
     sampling: Sampling,
     max_tokens: int,
     stop: list[str] | None = None,
@@ -167,9 +167,9 @@ def complete(
     on_text: Callable[[int, str], None] = lambda i, text: None,
     on_crop: Callable[[int], None] = lambda limit: None,
 ) -> list[TextRow]:
-    """n samples of each prompt, in order: prompt 0's first. `on_text(i, new)` is called as sample i's text comes."""
-    stop_ids = {tokenizer.eos} if tokenizer.eos is not None else set()
-    rows = [Row(encode_prompt(tokenizer, p), choice) for p in prompts for choice in range(n)]
+    """n samples of each prompt (its ids), in order: prompt 0's first. `on_text(i, new)` is called as sample i's text comes."""
+    stop_ids = tokenizer.stop_ids
+    rows = [Row(list(p), choice) for p in prompts for choice in range(n)]
     texts = [TextRow(row, tokenizer, stop or []) for row in rows]
     for start in range(0, len(rows), batch_size):
         batch = texts[start : start + batch_size]
@@ -183,9 +183,10 @@ def complete(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt; an empty one becomes the token that documents begin after (else a line's end, else 0)."""
-    if prompt:
-        return tokenizer.encode(prompt)
+    """The ids of a prompt, with what the tokenizer puts before a text; an empty one becomes the token that documents begin
+    after (else a line's end, else 0)."""
+    if ids := tokenizer.encode(prompt, begin=True):
+        return ids
     if tokenizer.eos is not None:
         return [tokenizer.eos]
     newline = tokenizer.backend.token_to_id("\n")

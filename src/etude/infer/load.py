@@ -1,8 +1,6 @@
 """A model from a checkpoint or export, by what lies in its folder alone."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,23 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etude import checkpoint
-from etude.config import build, check_targets
-from etude.errors import Refusal
+from etude.model import weights
 from etude.text import tokenizer as tok
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def load(path: str, device: str, dtype: str, trusted: list[str]) -> tuple[nn.Module, tok.Tokenizer, dict]:
-    """-> (model in evaluation mode, tokenizer, config.json) of a run, checkpoint or export. Weights are read straight
-    into a model without random initialisation. Targets outside `trusted` are refused before anything is imported."""
+
+def load(path: str, device: str, dtype: str, trusted: list[str]) -> tuple[nn.Module, tok.Tokenizer]:
+    """-> (model in evaluation mode, tokenizer) of a run, checkpoint or export. Targets outside `trusted` are refused
+    before anything is imported."""
     folder = checkpoint.find(path)
-    config = read_config(folder)
-    check_targets({"model": config["model"]}, trusted)
-    with torch.device("meta"):
-        model = build(config["model"], config["vocab_size"])
-    checkpoint.materialize(model, checkpoint.tensors(folder, "model", device))
-    model = model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]).eval()
-    fuse(model)
-    return model, tok.load(folder / "tokenizer.json"), config
+    model = weights.from_pretrained(folder, device, DTYPES[dtype], trusted)
+    return fuse(model), tok.load(folder)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -42,14 +35,10 @@ def fuse(model: nn.Module) -> nn.Module:
 def _together(layers: list[Any]) -> Callable[[Tensor], Sequence[Tensor]]:
     sizes = [layer.out_features for layer in layers]
     weight = torch.cat([layer.weight.data for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
+    bias = None
+    if any(layer.bias is not None for layer in layers):
+        nothing = [weight.new_zeros(n) for n in sizes]
+        bias = torch.cat([n if layer.bias is None else layer.bias.data for layer, n in zip(layers, nothing)])
     for layer, part in zip(layers, weight.split(sizes)):
         layer.weight.data = part
     return lambda x: F.linear(x, weight, bias).split(sizes, -1)
-
-
-def read_config(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{folder / 'config.json'} cannot be read: {error}") from None

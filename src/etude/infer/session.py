@@ -7,6 +7,7 @@ from typing import Any
 
 from etude.errors import Refusal, StorageFault
 from etude.infer.sampling import Sampling
+from etude.text import chat
 
 
 def run(cfg: dict) -> int:
@@ -16,6 +17,8 @@ def run(cfg: dict) -> int:
             raise Refusal(f"{name}={cfg[name]} should be at least 1")
     if cfg["prompt"] is not None and cfg["file"] is not None:
         raise Refusal("prompt= and file= both say what to begin with; give one of them")
+    if cfg["system"] is not None and not cfg["chat"]:
+        raise Refusal("system= is said to a chat: type chat=true as well")
     sampling = Sampling(**{k: cfg[k] for k in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")})
     prompts = read_prompts(cfg)  # before the model is loaded: a missing file is told at once
 
@@ -23,8 +26,10 @@ def run(cfg: dict) -> int:
     from etude.parallel import cores, pick_device, settle
 
     settle(cfg["threads"] or cores())
-    model, tokenizer, _ = load(cfg["ckpt"], pick_device(cfg["device"]), cfg["dtype"], cfg["trusted"])
+    model, tokenizer = load(cfg["ckpt"], pick_device(cfg["device"]), cfg["dtype"], cfg["trusted"])
     speak = Speaker(cfg, model, tokenizer, sampling)
+    if cfg["chat"]:
+        chat.template(tokenizer)  # refused now rather than after the first question
     if prompts is None:
         return session(speak)
     if cfg["out"] is None and len(prompts) == 1 and cfg["n"] == 1 and cfg["stream"]:
@@ -42,7 +47,7 @@ def run(cfg: dict) -> int:
         for i, p in enumerate(prompts)
         for j in range(cfg["n"])
     ]
-    write(cfg["out"], records)
+    write(cfg["out"], records, alone=cfg["chat"])
     return 0
 
 
@@ -84,10 +89,22 @@ def _json_prompt(line: str, path: Path, number: int) -> str:
 
 
 class Speaker:
-    """A loaded model with the settings of one call of generate.py."""
+    """A loaded model with the settings of one call of generate.py. With chat=true a prompt is a user's message, and
+    `history` the conversation before it."""
 
     def __init__(self, cfg: dict, model: Any, tokenizer: Any, sampling: Sampling):
         self.cfg, self.model, self.tokenizer, self.sampling = cfg, model, tokenizer, sampling
+        self.history: list[chat.Message] = []
+        if cfg["system"] is not None:
+            self.history.append({"role": "system", "content": cfg["system"]})
+
+    def encode(self, prompt: str) -> list[int]:
+        from etude.infer.generate import encode_prompt
+
+        if not self.cfg["chat"]:
+            return encode_prompt(self.tokenizer, prompt)
+        messages = [*self.history, {"role": "user", "content": prompt}]
+        return self.tokenizer.encode(chat.render(self.tokenizer, messages))
 
     def complete(self, prompts: list[str], on_text: Any = lambda i, text: None) -> list:
         from etude.infer.generate import complete
@@ -95,7 +112,7 @@ class Speaker:
         return complete(
             self.model,
             self.tokenizer,
-            prompts,
+            [self.encode(p) for p in prompts],
             self.sampling,
             self.cfg["max_tokens"],
             self.cfg["stop"],
@@ -107,8 +124,8 @@ class Speaker:
         )
 
     def stream(self, prompt: str) -> str:
-        """Print the prompt and its continuation as it comes; -> the continuation."""
-        sys.stdout.write(prompt)
+        """Print the prompt and its continuation as it comes, of a chat the answer alone; -> the continuation."""
+        sys.stdout.write("" if self.cfg["chat"] else prompt)
         sys.stdout.flush()
         row = self.complete([prompt], lambda i, text: (sys.stdout.write(text), sys.stdout.flush()))[0]
         print()
@@ -122,7 +139,8 @@ class Speaker:
 
 
 def session(speak: Speaker) -> int:
-    print("Type a beginning and press return; an empty line or Ctrl-D ends.", file=sys.stderr)
+    what = "a message" if speak.cfg["chat"] else "a beginning"
+    print(f"Type {what} and press return; an empty line or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
             prompt = input("> ")
@@ -132,15 +150,17 @@ def session(speak: Speaker) -> int:
         if not prompt:
             return 0
         try:
-            speak.stream(prompt)
+            answer = speak.stream(prompt)
+            if speak.cfg["chat"]:
+                speak.history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         except KeyboardInterrupt:
             print("\n(stopped)", file=sys.stderr)
         except Refusal as error:
             print(f"error: {error}", file=sys.stderr)
 
 
-def write(out: str | None, records: list[dict]) -> None:
-    """JSONL to a file, or texts under their prompts to the terminal."""
+def write(out: str | None, records: list[dict], alone: bool) -> None:
+    """JSONL to a file, or texts to the terminal, `alone` or behind their prompts."""
     if out is not None:
         try:
             Path(out).expanduser().write_text(
@@ -152,5 +172,5 @@ def write(out: str | None, records: list[dict]) -> None:
         return
     for r in records:
         print(
-            f"--- {r['prompt']!r} sample {r['choice'] + 1}, {r['tokens']} tokens, ended by {r['finish']}\n{r['prompt']}{r['text']}\n"
+            f"--- {r['prompt']!r} sample {r['choice'] + 1}, {r['tokens']} tokens, ended by {r['finish']}\n{'' if alone else r['prompt']}{r['text']}\n"
         )

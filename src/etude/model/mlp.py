@@ -1,4 +1,4 @@
-"""Dense feed-forward parts. Each returns (y, aux), with aux an auxiliary loss: None for a dense one."""
+"""Dense feed-forward parts. Each returns (y, aux): what a sparse part has to say beside its output, None for a dense one."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -6,10 +6,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from etude.model import parts
+from etude.model.parts import Aux
 
 
 class MLP(nn.Module):
-    """out(act(up(x))) with `hidden` channels (null: 4 dim), `activation` relu, gelu, gelu_tanh or silu."""
+    """out(act(up(x))) with `hidden` channels (null: 4 dim), `activation` relu, relu2 (its square), gelu, gelu_tanh or silu."""
 
     tp_plan = {"up": "col", "out": "row"}
 
@@ -19,7 +20,7 @@ class MLP(nn.Module):
         layer: int,
         *,
         hidden: int | None,
-        activation: Literal["relu", "gelu", "gelu_tanh", "silu"],
+        activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"],
         bias: bool,
         dropout: float,
     ):
@@ -38,7 +39,7 @@ class MLP(nn.Module):
         if hidden is not None and hidden < 1:
             raise ValueError(f"model.ffn.hidden={hidden} should be at least 1")
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Aux | None]:
         """x (B, T, D) -> ((B, T, D), None)."""
         return parts.dropout(self.out(self.act(self.up(x))), self.dropout, self.training), None
 
@@ -56,7 +57,7 @@ class GatedMLP(nn.Module):
         layer: int,
         *,
         hidden: int | None,
-        activation: Literal["relu", "gelu", "gelu_tanh", "silu"],
+        activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"],
         bias: bool,
         dropout: float,
     ):
@@ -80,7 +81,7 @@ class GatedMLP(nn.Module):
         """(B, T, D) -> what `side_by_side` names, one after another; inference computes them as one (infer.load.fuse)."""
         return self.gate(x), self.up(x)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Aux | None]:
         """x (B, T, D) -> ((B, T, D), None)."""
         gate, up = self.project(x)
         return parts.dropout(self.out(self.act(gate) * up), self.dropout, self.training), None

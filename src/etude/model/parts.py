@@ -1,9 +1,10 @@
-"""Pieces that every model shares: norms, rotary positions, attention kernel, dropout. Shapes: B batch, T positions,
-H heads, D channels."""
+"""Pieces that every model shares: norms, activations, fixed positions, dropout. Shapes: B batch, T positions, D channels,
+E experts."""
 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,42 +53,11 @@ class LayerNorm(nn.Module):
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
 }
-
-
-@functools.lru_cache(maxsize=8)
-def rope_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
-    """Radians a position of each pair of channels: (dim/2,) fp32."""
-    with torch.inference_mode(False):  # what is made under inference_mode could not be saved for a later backward
-        return theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-
-
-@functools.lru_cache(maxsize=8)
-def rope_angles(positions: Tensor | int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos (..., T, dim) and sin with the sign of the half they meet, fp32, for positions (B, T) or the number T of them
-    from 0 on. Memoised by the identity of `positions`: the layers of a model ask for the same ones."""
-    frequencies = rope_frequencies(dim, theta, device)
-    with torch.inference_mode(not isinstance(positions, int) and positions.is_inference()):
-        if isinstance(positions, int):
-            angles = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * frequencies
-        else:
-            angles = positions[:, None, :, None] * frequencies
-        sin = angles.sin()
-        return angles.cos().repeat(*(1,) * (angles.dim() - 1), 2), torch.cat((-sin, sin), -1)
-
-
-def rope(x: Tensor, positions: Tensor | None, theta: float) -> Tensor:
-    """Rotary embedding (Su et al. 2021), half layout. x (B, H, T, D), positions (B, T) or None for 0..T-1 -> like x.
-
-    A pure function of its arguments: there is no buffer to repair after a meta-device initialisation."""
-    T, D = x.shape[-2:]
-    cos, sin = rope_angles(T if positions is None else positions, D, theta, x.device)
-    y = x if x.dtype == torch.float32 else x.float()
-    y = torch.addcmul(y * cos, y.roll(D // 2, -1), sin)
-    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
@@ -97,25 +67,26 @@ def sinusoid(positions: Tensor, dim: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :dim]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Softmax attention. q (B, H, T, D), k and v (B, H_kv, T, D), mask broadcastable to (B, H, T, T) with True where
-    a query may look; None means causal. -> (B, H, T, D). `scale` defaults to 1/sqrt(D)."""
-    attend = functools.partial(
-        F.scaled_dot_product_attention, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 512:
-        # The CPU flash kernel multiplies blocks so small that entering the bf16 library costs more than it saves:
-        # its backward pass is up to 4 times faster in fp32 at this length.
-        with torch.autocast("cpu", enabled=False):
-            return attend(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
-    return attend(q, k, v, attn_mask=mask)
+class Aux(NamedTuple):
+    """What a sparse feed-forward part says of a forward pass beside its output."""
+
+    loss: Tensor  # (B,) auxiliary losses of each row, weighted: added to the loss times the row's number of targets
+    load: Tensor  # (E,) tokens sent to each expert; of a model (layers, E)
+    entropy: Tensor  # (B,) mean entropy of the router's distribution in each row, in nats: carries no gradient
+
+    def metrics(self, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Metrics as (sum, count) for rows that have `targets` (B,) each; the loop makes more of router/load."""
+        n = targets.sum()
+        return {
+            "aux": ((self.loss.detach() * targets).sum(), n),
+            "router/entropy": ((self.entropy * targets).sum(), n),
+            "router/load": (self.load, n),
+        }
 
 
-def document_mask(doc_ids: Tensor) -> Tensor:
-    """Causal attention within documents. doc_ids (B, T) -> (B, 1, T, T) bool."""
-    T = doc_ids.shape[1]
-    same = doc_ids[:, :, None] == doc_ids[:, None, :]
-    return (same & torch.ones(T, T, dtype=torch.bool, device=doc_ids.device).tril())[:, None]
+def at_layer(setting: Any, layer: int) -> Any:
+    """A setting that a list varies over the layers: the list is repeated."""
+    return setting[layer % len(setting)] if isinstance(setting, list) else setting
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -1,6 +1,7 @@
 """The decoder that all language models here are: embedding, blocks of attention and feed-forward, norm, head."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -8,44 +9,54 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from etude.model import head, parts
+from etude.config import describe
+from etude.model import head, parts, roles, weights
+from etude.model.attention import Documents
+from etude.model.parts import Aux
 
 
 class Block(nn.Module):
-    """x + attn(norm(x)), then x + ffn(norm(x)): pre-norm residuals (Radford et al. 2019)."""
+    """Attention, then feed-forward, each added to the stream x with a factor r, and norms where `norm_at` says:
 
-    def __init__(self, attn: nn.Module, ffn: nn.Module, attn_norm: nn.Module, ffn_norm: nn.Module):
+    pre       x + r f(norm(x))         Radford et al. 2019
+    post      norm(x + r f(x))         Vaswani et al. 2017
+    sandwich  x + r norm(f(norm(x)))   Ding et al. 2021; Gemma 2"""
+
+    def __init__(
+        self, attn: nn.Module, ffn: nn.Module, norm: Callable[[int], nn.Module], dim: int, norm_at: str, residual: float
+    ):
         super().__init__()
-        self.attn_norm, self.attn = attn_norm, attn
-        self.ffn_norm, self.ffn = ffn_norm, ffn
+        self.attn, self.ffn, self.residual = attn, ffn, residual
+        before, inside, after = NORM_AT[norm_at]
+        none = nn.Identity
+        self.attn_norm, self.ffn_norm = (norm(dim) if before else none() for _ in range(2))
+        self.attn_post_norm, self.ffn_post_norm = (norm(dim) if inside else none() for _ in range(2))
+        self.attn_out_norm, self.ffn_out_norm = (norm(dim) if after else none() for _ in range(2))
 
     def forward(
-        self, x: Tensor, positions: Tensor | None, mask: Tensor | None, cache=None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, positions: Tensor | None, documents: Documents | None, cache=None
+    ) -> tuple[Tensor, Aux | None]:
         """x (B, T, D) -> ((B, T, D), aux)."""
-        x = x + self.attn(self.attn_norm(x), positions, mask, cache)
+        y = self.attn_post_norm(self.attn(self.attn_norm(x), positions, documents, cache))
+        x = self.attn_out_norm(x + (y if self.residual == 1 else self.residual * y))
         y, aux = self.ffn(self.ffn_norm(x))
-        return x + y, aux
+        y = self.ffn_post_norm(y)
+        return self.ffn_out_norm(x + (y if self.residual == 1 else self.residual * y)), aux
+
+
+# Whether there is a norm (before the part, behind it, behind the sum).
+NORM_AT = {"pre": (True, False, False), "post": (False, False, True), "sandwich": (True, True, False)}
 
 
 class Transformer(nn.Module):
     """A decoder-only language model over `vocab_size` tokens.
 
     `attn`, `ffn` are called once a layer as attn(dim, layer) and ffn(dim, layer), `norm` as norm(dim).
-    `pos` is how positions enter: "rope" (the attention's own), "learned" or "sinusoidal" (added to the embedding).
-    `max_len` is how many positions there are: a hard limit of learned ones only.
-    Raises ValueError for settings that do not fit together.
-
-    Initialisation (Radford et al. 2019), all biases 0, norms 1:
-
-    | weight                                          | drawn from                           |
-    |-------------------------------------------------|--------------------------------------|
-    | embedding, learned positions, untied head       | N(0, init_std)                       |
-    | every linear layer                              | N(0, init_std)                       |
-    | linear layers named `out` (into the residual)   | N(0, init_std / sqrt(2 n_layers))    |
-
-    `init_std` null is 0.02 sqrt(768 / dim): GPT-2's 0.02 at GPT-2's width, and the same size of activations at others. A
-    part with another need defines `init_weights(self)`, which is called after the table's rule."""
+    `pos` is how positions enter: "rope" (the attention's own, or none), "learned" or "sinusoidal" (added to the
+    embedding). `max_len` is how many positions there are: a hard limit of learned ones only. `embed_scale` multiplies
+    the embedding (null: 1), `residual_scale` what each part adds to the stream (1: nothing), and `logit_cap` c makes
+    logits c tanh(z / c) (null: as they are). Initialisation is the table in roles.py.
+    Raises ValueError for settings that do not fit together."""
 
     tp_plan = {"embed": "row", "head": "col"}
 
@@ -58,6 +69,10 @@ class Transformer(nn.Module):
         max_len: int,
         pos: Literal["rope", "learned", "sinusoidal"],
         tied: bool,
+        norm_at: Literal["pre", "post", "sandwich"],
+        embed_scale: float | None,
+        residual_scale: float,
+        logit_cap: float | None,
         dropout: float,
         init_std: float | None,
         checkpoint: bool,
@@ -65,29 +80,38 @@ class Transformer(nn.Module):
         ffn: Callable[[int, int], nn.Module],
         norm: Callable[[int], nn.Module],
     ):
+        settings = {k: v for k, v in locals().items() if k not in ("self", "vocab_size", "__class__")}
         super().__init__()
+        self.node = describe(type(self), settings)  # the config that made this model: save_pretrained writes it
         self.vocab_size, self.dim, self.n_layers = vocab_size, dim, n_layers
         self.max_len, self.pos, self.dropout = max_len, pos, dropout
+        self.embed_scale, self.logit_cap = embed_scale, logit_cap
         self.init_std, self.checkpoint = init_std or 0.02 * (768 / dim) ** 0.5, checkpoint
         self.embed = nn.Embedding(vocab_size, dim)
         self.pos_embed = nn.Embedding(max_len, dim) if pos == "learned" else None
-        self.blocks = nn.ModuleList(Block(attn(dim, i), ffn(dim, i), norm(dim), norm(dim)) for i in range(n_layers))
-        self.norm = norm(dim)
+        self.blocks = nn.ModuleList(
+            Block(attn(dim, i), ffn(dim, i), norm, dim, norm_at, residual_scale) for i in range(n_layers)
+        )
+        self.norm = nn.Identity() if norm_at == "post" else norm(dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         if tied:
             self.head.weight = self.embed.weight
 
     @staticmethod
-    def check(dim: int, n_layers: int, max_len: int, pos: str, dropout: float, attn: dict) -> None:
+    def check(
+        dim: int, n_layers: int, max_len: int, pos: str, logit_cap: float | None, dropout: float, attn: dict
+    ) -> None:
         """Raises ValueError for settings that do not fit together; config.py runs it before torch is imported."""
         for name, value in (("dim", dim), ("n_layers", n_layers), ("max_len", max_len)):
             if value < 1:
                 raise ValueError(f"{name}={value} should be at least 1; set model.{name}")
         if not 0 <= dropout < 1:
             raise ValueError(f"model.dropout={dropout} should be at least 0 and below 1")
-        if pos != "rope" and attn.get("rope_theta") is not None:
+        if logit_cap is not None and logit_cap <= 0:
+            raise ValueError(f"model.logit_cap={logit_cap} should be above 0, or null for none")
+        if pos != "rope" and attn.get("rope") is not None:
             raise ValueError(
-                f"pos={pos} and a rotary attention would both place the tokens; set model.attn.rope_theta=null or model.pos=rope"
+                f"pos={pos} and a rotary attention would both place the tokens; set model.attn.rope=null or model.pos=rope"
             )
 
     @property
@@ -96,17 +120,12 @@ class Transformer(nn.Module):
         return self.max_len if self.pos == "learned" else None
 
     def init_weights(self) -> None:
-        """Fill every parameter as in the table above. Needed once, after construction on any device."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                into_residual = name.endswith(".out")
-                nn.init.normal_(
-                    module.weight, std=self.init_std / (2 * self.n_layers) ** 0.5 if into_residual else self.init_std
-                )
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=self.init_std)
+        """Fill every parameter as the table in roles.py says. Needed once, after construction on any device."""
+        for name, p in self.named_parameters():
+            if (role := roles.role(name, p)) == "vector":
+                nn.init.zeros_(p)
+            else:
+                nn.init.normal_(p, std=roles.init_std(role, self.init_std, self.n_layers))
         for module in self.modules():
             own = getattr(module, "init_weights", None)
             if module is not self and own is not None:
@@ -119,40 +138,54 @@ class Transformer(nn.Module):
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, length: int) -> int:
-        """Forward and backward: 6 per weight that multiplies (position tables and an untied embedding only look up),
-        and the attention's products over `length` positions."""
+    def n_active(self) -> int:
+        """Parameters that one token's forward pass multiplies with: without those of experts it does not visit, position
+        tables and an untied embedding, which only look up."""
         tables = [self.pos_embed] if self.pos_embed is not None else []
         if self.head.weight is not self.embed.weight:
             tables.append(self.embed)
-        looked_up = sum(t.weight.numel() for t in tables)
-        return 6 * (self.n_params() - looked_up) + sum(a.flops_per_token(length) for a in self.attentions())
+        idle = sum(m.n_idle() for m in self.modules() if hasattr(m, "n_idle"))  # type: ignore[operator]
+        return self.n_params() - idle - sum(t.weight.numel() for t in tables)
+
+    def flops_per_token(self, length: int) -> int:
+        """Forward and backward: 6 per active parameter, and the attention's products over `length` positions."""
+        return 6 * self.n_active() + sum(a.flops_per_token(length) for a in self.attentions())
+
+    def balance(self, load: Tensor) -> None:
+        """After a step: let each sparse layer even out its experts' load (layers, E), which is that of Aux."""
+        sparse = [block.ffn for block in self.blocks if hasattr(block.ffn, "balance")]
+        for ffn, row in zip(sparse, load, strict=True):
+            ffn.balance(row)  # type: ignore[operator]
 
     def hidden(
         self, tokens: Tensor, positions: Tensor | None, doc_ids: Tensor | None, cache
-    ) -> tuple[Tensor, Tensor | None]:
-        """tokens (B, T) -> (final normed states (B, T, D), sum of auxiliary losses or None)."""
+    ) -> tuple[Tensor, Aux | None]:
+        """tokens (B, T) -> (final normed states (B, T, D), what the sparse layers say, or None)."""
+        documents = None if doc_ids is None else Documents(doc_ids)
+        if documents is not None and positions is None:
+            positions = documents.positions
         x = self.embed(tokens)
+        if self.embed_scale is not None:
+            x = x * self.embed_scale
         if self.pos != "rope":
             where = torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
             x = x + (
                 self.pos_embed(where) if self.pos_embed is not None else parts.sinusoid(where, self.dim).to(x.dtype)
             )
         x = parts.dropout(x, self.dropout, self.training)
-        mask = None if doc_ids is None else parts.document_mask(doc_ids)
-        total = None
+        said: list[Aux] = []
         for i, block in enumerate(self.blocks):
             if self.checkpoint and torch.is_grad_enabled():
-                x, aux = checkpoint(block, x, positions, mask, use_reentrant=False)
+                x, aux = checkpoint(block, x, positions, documents, use_reentrant=False)
             else:
-                x, aux = block(x, positions, mask, None if cache is None else cache[i])
+                x, aux = block(x, positions, documents, None if cache is None else cache[i])
             if aux is not None:
-                total = aux if total is None else total + aux
-        return self.norm(x), total
+                said.append(aux)
+        return self.norm(x), gather(said)
 
     def logits(self, x: Tensor) -> Tensor:
         """States (..., D) -> logits (..., V) in fp32."""
-        return F.linear(x, self.head.weight).float()
+        return head.soft_cap(F.linear(x, self.head.weight).float(), self.logit_cap)
 
     def forward(
         self,
@@ -163,10 +196,36 @@ class Transformer(nn.Module):
         cache=None,
     ):
         """tokens (B, T) int64; targets (B, T) with -100 ignored; positions (B, T), None for 0..T-1; doc_ids (B, T):
-        no attention across documents; cache: one entry a layer with `attend(q, k, v, scale)`.
+        each run of equal ids is a document by itself, with positions from 0 where none are given; cache: one entry a
+        layer with `attend(q, k, v, scale, window)`.
 
         With targets -> (Scores of (B, T), aux or None), else logits (B, T, V) in fp32."""
         x, aux = self.hidden(tokens, positions, doc_ids, cache)
         if targets is None:
             return self.logits(x)
-        return head.scores(x, self.head.weight, targets), aux
+        return head.scores(x, self.head.weight, targets, self.logit_cap), aux
+
+    def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Write model.safetensors and config.json (and tokenizer.json): what from_pretrained and generate.py read."""
+        weights.save_pretrained(self, Path(folder), tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        trusted: tuple[str, ...] = ("etude",),
+    ) -> "Transformer":
+        """The model of a folder that holds an export or a checkpoint, in evaluation mode. Nothing is initialised at
+        random: the parameters are made on the meta device and become the tensors read. `dtype` None keeps the files'.
+        Raises Refusal for a folder that holds none, and for targets outside the packages in `trusted`."""
+        return weights.from_pretrained(Path(folder), device, dtype, list(trusted))
+
+
+def gather(said: list[Aux]) -> Aux | None:
+    """Of all sparse layers: losses summed, loads (layers, E), mean entropy."""
+    if not said:
+        return None
+    loss, load, entropy = zip(*said)
+    return Aux(torch.stack(loss).sum(0), torch.stack(load), torch.stack(entropy).mean(0))

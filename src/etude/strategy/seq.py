@@ -37,6 +37,7 @@ class Seq:
             loss = loss + self.z_loss * scores.logz.square().sum()
         metrics = {"loss": (loss.detach(), n), "nll": (nll.detach(), n), "entropy": (scores.entropy.sum(), n)}
         if aux is not None:
-            loss = loss + aux * n
-            metrics["aux"] = (aux.detach() * n, n)
+            rows = (batch["targets"] >= 0).sum(1)
+            loss = loss + (aux.loss * rows).sum()
+            metrics |= aux.metrics(rows)
         return loss, metrics

@@ -2,10 +2,11 @@
 tokenizer.json has one format, which transformers reads too."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -20,18 +21,22 @@ UNK = "<unk>"
 
 
 class Tokenizer:
-    """Text to ids and back. `bos`, `eos`, `pad` are ids, None where the vocabulary has no such token."""
+    """Text to ids and back. `bos`, `eos`, `pad` are ids, None where the vocabulary has no such token; `stop_ids` are the
+    tokens that end a text or a turn. `config` is a tokenizer_config.json, whose names of special tokens and whose
+    chat_template are taken; without one the tokens are found by their usual names."""
 
-    def __init__(self, backend: Backend):
-        self.backend = backend
+    def __init__(self, backend: Backend, config: dict[str, Any] | None = None, stop_ids: Iterable[int] = ()):
+        self.backend, self.config = backend, config or {}
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.bos, self.eos, self.pad = (
-            self._first(*names) for names in ((BOS, "<s>"), (EOS, "</s>", "<|endoftext|>"), (PAD,))
-        )
+        usual = {"bos_token": (BOS, "<s>"), "eos_token": (EOS, "</s>", "<|endoftext|>"), "pad_token": (PAD,)}
+        self.bos, self.eos, self.pad = (self._first(_name(self.config.get(k)), *names) for k, names in usual.items())
+        self.stop_ids = {i for i in stop_ids if 0 <= i < self.vocab_size}
+        self.stop_ids |= {self.eos} if self.eos is not None else set()
+        self.template = _template(self.config.get("chat_template"))
         self.characters = frozenset(backend.get_vocab()) if self._by_character() else None
 
-    def _first(self, *names: str) -> int | None:
-        return next((i for n in names if (i := self.backend.token_to_id(n)) is not None), None)
+    def _first(self, *names: str | None) -> int | None:
+        return next((i for n in names if n and (i := self.backend.token_to_id(n)) is not None), None)
 
     def _by_character(self) -> bool:
         return isinstance(self.backend.model, models.WordLevel) and self.backend.token_to_id(UNK) is None
@@ -47,10 +52,14 @@ class Tokenizer:
             f"{where} has characters that the tokenizer does not know: {names}; train with tokenizer.unknown=unk to map them to {UNK}"
         )
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; special tokens in it are recognised, none are added."""
+    def encode(self, text: str, begin: bool = False) -> list[int]:
+        """The ids of `text`; special tokens in it are recognised. With `begin` the tokenizer adds what it puts around a
+        text (Llama's a beginning token, ours nothing)."""
         self.check(text)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=begin).ids
+
+    def token(self, i: int | None) -> str | None:
+        return None if i is None else self.backend.id_to_token(i)
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, on all cores. Special tokens are not looked for: a corpus is plain text."""
@@ -66,6 +75,17 @@ class Tokenizer:
     def to_json(self) -> str:
         return self.backend.to_str()
 
+    def files(self) -> dict[str, str]:
+        """What lies in a folder beside the weights, by name: transformers' AutoTokenizer reads it too."""
+        names = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config
+        config |= {k: self.token(i) for k, i in names.items() if i is not None}
+        written = {"tokenizer.json": self.to_json(), "tokenizer_config.json": json.dumps(config, indent=1)}
+        if self.stop_ids:
+            ids = {"eos_token_id": sorted(self.stop_ids)} | ({} if self.bos is None else {"bos_token_id": self.bos})
+            written["generation_config.json"] = json.dumps(ids)
+        return written
+
     def sha256(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
@@ -75,13 +95,44 @@ def from_json(text: str) -> Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """A tokenizer.json. Raises Refusal if it is missing or not one."""
+    """A tokenizer.json, or a folder that holds one and perhaps tokenizer_config.json, chat_template.jinja and
+    generation_config.json. Raises Refusal if it is missing or not one."""
+    path = Path(path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        return from_json(Path(path).read_text(encoding="utf-8"))
+        backend = Backend.from_str(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Refusal(f"there is no tokenizer file {path}; give the path of a tokenizer.json") from None
+        raise Refusal(f"there is no tokenizer file {file}; give the path of a tokenizer.json") from None
     except Exception as error:  # the library raises plain Exception
-        raise Refusal(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
+        raise Refusal(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from None
+    config = _json(folder / "tokenizer_config.json")
+    if (template := folder / "chat_template.jinja").exists():
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    stop = _json(folder / "generation_config.json").get("eos_token_id", [])
+    return Tokenizer(backend, config, stop if isinstance(stop, list) else [stop])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path} cannot be read: {error}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _name(token: Any) -> str | None:
+    """A special token in tokenizer_config.json: its text, or an object with it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _template(value: Any) -> str | None:
+    """A chat template in tokenizer_config.json: its text, or a list of named ones, of which "default" counts."""
+    if isinstance(value, list):
+        return next((t.get("template") for t in value if t.get("name") == "default"), None)
+    return value
 
 
 class Streamer:

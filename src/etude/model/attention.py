@@ -1,0 +1,146 @@
+"""The attention kernel that every attention part calls: causal, within a window, within packed documents. Neither
+documents nor windows (of rows longer than two of them) build a T x T mask. Shapes: B batch, T positions, H heads,
+D channels."""
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 128  # queries a block of windowed attention, at least
+
+
+class Documents:
+    """Several documents in one row, one after another: a run of equal ids in doc_ids (B, T) is a document.
+
+    `positions` (B, T) count from each document's beginning. Made once a forward, used by every layer."""
+
+    def __init__(self, doc_ids: Tensor):
+        self.doc_ids = doc_ids
+        first = torch.ones_like(doc_ids, dtype=torch.bool)
+        first[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+        T = doc_ids.shape[1]
+        at = torch.arange(T, device=doc_ids.device).expand_as(doc_ids)
+        self.positions = at - torch.where(first, at, 0).cummax(1).values
+        self.starts = first.flatten().nonzero()[:, 0]
+
+    @functools.cached_property
+    def bounds(self) -> Tensor:
+        """Where the documents begin in the flattened batch, and its end: (N + 1,) int32, as varlen kernels want it."""
+        return F.pad(self.starts, (0, 1), value=self.doc_ids.numel()).to(torch.int32)
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Of the documents, in order."""
+        return (self.bounds[1:] - self.bounds[:-1]).tolist()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """Causal attention within documents. q (B, H, T, D), k, v (B, H_kv, T, D) -> (B, H, T, D_v)."""
+        B, _, T, _ = q.shape
+        if len(self.starts) == B:  # one document a row
+            return attend(q, k, v, scale=scale, window=window)
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B*T, H, D)
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        if (
+            q.is_cuda
+            and half
+            and v.shape[-1] == q.shape[-1]
+            and (window is None or "window_size" in _varlen_keywords())
+        ):
+            y = _varlen(q, k, v, self.bounds, T, scale, window)
+        else:  # one call a document; split, unlike slicing, goes back through one concatenation
+            documents = zip(*(t.split(self.lengths) for t in (q, k, v)))
+            each = ([t.transpose(0, 1)[None] for t in qkv] for qkv in documents)
+            y = torch.cat([attend(*qkv, scale=scale, window=window)[0].transpose(0, 1) for qkv in each])  # type: ignore[misc]
+        return y.unflatten(0, (B, T)).transpose(1, 2)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal softmax attention. q (B, H, T, D), k (B, H_kv, T, D), v (B, H_kv, T, D_v) -> (B, H, T, D_v).
+
+    A query sees the last `window` positions, itself among them (None: all), and only its own document's. `scale`
+    defaults to 1/sqrt(D)."""
+    if documents is not None:
+        return documents.attend(q, k, v, scale, window)
+    if window is not None and window < q.shape[2]:
+        return _local(q, k, v, scale, window)
+    return sdpa(q, k, v, None, scale)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Softmax attention over all of k. mask broadcastable to (B, H, T, T_k) with True where a query may look; None means
+    causal, with T_k = T."""
+    attend = functools.partial(
+        F.scaled_dot_product_attention, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    if q.device.type != "cpu":
+        return attend(q, k, v, attn_mask=mask)
+    width = v.shape[-1]
+    if (
+        width < q.shape[-1]
+    ):  # the CPU flash kernel wants equal widths; the plain one it falls back to takes twice as long
+        v = F.pad(v, (0, q.shape[-1] - width))
+    if q.dtype == torch.bfloat16 and q.shape[-2] <= 512:
+        # The CPU flash kernel multiplies blocks so small that entering the bf16 library costs more than it saves:
+        # its backward pass is up to 4 times faster in fp32 at this length.
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)[..., :width]
+    return attend(q, k, v, attn_mask=mask)[..., :width]
+
+
+def _local(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) -> Tensor:
+    """Each block of queries against its own and the preceding block of keys: T x 2 block scores instead of T x T."""
+    T = q.shape[2]
+    size = max(window, BLOCK)
+    if T <= 2 * size:  # too few blocks to save anything
+        at = torch.arange(T, device=q.device)
+        behind = at[:, None] - at
+        return sdpa(q, k, v, (behind >= 0) & (behind < window), scale)
+    n = -(-T // size)
+    q, k, v = (F.pad(t, (0, 0, 0, n * size - T)).unflatten(2, (n, size)).transpose(1, 2) for t in (q, k, v))
+    k2, v2 = (torch.cat((t[:, :-1], t[:, 1:]), 3) for t in (k, v))  # (B, n-1, H_kv, 2 size, D)
+    behind = torch.arange(size, device=q.device)[:, None] + size - torch.arange(2 * size, device=q.device)
+    mask = (behind >= 0) & (behind < window)
+    first = sdpa(q[:, 0], k[:, 0], v[:, 0], mask[:, size:], scale)
+    rest = sdpa(q[:, 1:].flatten(0, 1), k2.flatten(0, 1), v2.flatten(0, 1), mask, scale).unflatten(0, (-1, n - 1))
+    y = torch.cat((first[:, None], rest), 1)  # (B, n, H, size, D)
+    return y.transpose(1, 2).flatten(2, 3)[:, :, :T]
+
+
+@functools.cache
+def _varlen_keywords() -> frozenset[str]:
+    """What torch's kernel accepts: torch 2.11 and 2.13 differ."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
+) -> Tensor:
+    """torch's variable-length flash kernel (CUDA, half precision): q (B*T, H, D) -> like q."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    heads, accepted = q.shape[1] // k.shape[1], _varlen_keywords()
+    if heads > 1 and "enable_gqa" not in accepted:
+        k, v = (t.repeat_interleave(heads, 1) for t in (k, v))
+    options: dict[str, Any] = {
+        "scale": scale,
+        "enable_gqa": heads > 1,
+        "window_size": (-1 if window is None else window - 1, 0),
+        "is_causal": True,
+    }
+    options = {n: o for n, o in options.items() if n in accepted}
+    y = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    assert isinstance(y, Tensor)  # a pair only where the log-sum-exp is asked for
+    return y
