@@ -42,6 +42,7 @@ SCALED: dict[str, tuple[type[Rope], dict[str, Any]]] = {
         YarnRope,
         YARN | NO_SCALES | {"factor": 4.0, "original_max_len": 16},
     ),  # both ends of its ramp cut off
+    "yarn-long": (YarnRope, YARN | NO_SCALES | {"original_max_len": 10**8, "beta_fast": 5e5, "beta_slow": 0.5}),
     "yarn-betas": (YarnRope, YARN | NO_SCALES | {"beta_fast": 8.0, "beta_slow": 2.0}),
     "yarn-one": (YarnRope, YARN | NO_SCALES | {"factor": 1.0}),
     "yarn-mscale": (YarnRope, YARN | NO_SCALES | {"mscale": 1.0, "mscale_all_dim": 0.707}),
@@ -255,6 +256,7 @@ PACKED = {
     "ones": packed([(i, 1) for i in range(24)], [(i % 2, 1) for i in range(24)]),
     "one a row": packed([(7, 24)], [(7, 24)], [(2, 24)]),
     "one and several": packed([(5, 24)], [(5, 23), (6, 1)], [(6, 1), (5, 23)]),
+    "one more": packed([(5, 24)], [(5, 23), (6, 1)]),
     "come back": packed([(5, 8), (2, 8), (5, 8)], [(2, 3), (5, 1), (2, 20)]),
 }
 
@@ -313,7 +315,7 @@ CHOICES = {
 @pytest.mark.parametrize("case", PACKED)
 def test_packed_documents_are_the_documents_alone(choice: str, case: str) -> None:
     """Logits to 1e-5 and gradients of every parameter to 1e-4, of the largest if that is above 1."""
-    m, doc_ids = made(*CHOICES[choice], layers=3), PACKED[case]
+    m, doc_ids = made(*CHOICES[choice], n_layers=3), PACKED[case]
     ids, targets = tokens(*doc_ids.shape), tokens(*doc_ids.shape, seed=5)
     logits = m(ids, doc_ids=doc_ids)
     m(ids, targets=targets, doc_ids=doc_ids)[0].logprob.sum().backward()
@@ -345,7 +347,7 @@ def test_packing_makes_no_square_mask(choice: str, monkeypatch: pytest.MonkeyPat
         return real(q, k, v, attn_mask=attn_mask, **how)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    m, rng, T = made(*CHOICES[choice], "model.max_len=700"), random.Random(0), 700
+    m, rng, T = made(*CHOICES[choice], max_len=700), random.Random(0), 700
     doc_ids = packed(at_random(rng, T, 400), [(1, 300), (2, 400)])
     m(tokens(2, T), targets=tokens(2, T), doc_ids=doc_ids)[0].logprob.sum().backward()
     assert masks
@@ -492,13 +494,13 @@ def test_patterns_repeat_over_the_layers() -> None:
     """window and rope_layers in lists, of GQA and of MLA."""
     lists = ["model.attn.window=[3,5,null]", "model.attn.rope_layers=[true,false]"]
     for choice in (["dense"], ["dense", "model/attn=mla"]):
-        parts: list[Any] = uninitialised(*choice, *lists, layers=7).attentions()
+        parts: list[Any] = uninitialised(*choice, *lists, n_layers=7).attentions()
         assert [a.window for a in parts] == [3, 5, None, 3, 5, None, 3]
         assert [a.rope is not None for a in parts] == [True, False] * 3 + [True]
         assert [a.flops_per_token(100) for a in parts[:3]] == [
             n * parts[2].flops_per_token(100) // 100 for n in (3, 5, 100)
         ]
-    plain: list[Any] = uninitialised("dense", "model.attn.window=4", layers=3).attentions()
+    plain: list[Any] = uninitialised("dense", "model.attn.window=4", n_layers=3).attentions()
     assert [a.window for a in plain] == [4, 4, 4] and all(a.rope is not None for a in plain)
 
 
@@ -509,7 +511,7 @@ def test_a_token_reaches_as_far_as_the_windows_let_it(choice: str) -> None:
     changed = ids.clone()
     changed[0, 4] = (ids[0, 4] + 1) % V
     for windows, last in (("3", 4 + 3 * 2), ("[2,4,3]", 4 + 1 + 3 + 2), ("[3,3,null]", 23), ("1", 4)):
-        m = made("dense", f"model/attn={choice}", f"model.attn.window={windows}", layers=3)
+        m = made("dense", f"model/attn={choice}", f"model.attn.window={windows}", n_layers=3)
         different = (m(ids) - m(changed)).abs().amax(-1)[0]
         assert (different[:4] == 0).all() and (different[last + 1 :] == 0).all(), windows
         assert (different[4 : last + 1] > 1e-5).all(), windows
@@ -656,7 +658,7 @@ BAD = [
     (["model/attn=mla", "model.attn.window=0"], "model.attn.window=0 should be at least 1"),
     (["model.logit_cap=0"], "model.logit_cap=0 should be above 0"),
     (["model.norm_at=before"], "model.norm_at=before should be one of pre, post, sandwich"),
-    *([[f"model/attn/rope={kind}", "model.attn.rope.theta=0"], "rope.theta=0 should be above 0"] for kind in ROPES),
+    *([[f"model/attn/rope={kind}", "model.attn.rope.theta=0"], "rope.theta=0 .*should be above 0"] for kind in ROPES),
     *([[f"model/attn/rope={kind}", "model.attn.rope.dim=3"], "rope.dim=3 should be even"] for kind in ROPES),
     (["model/attn/rope=ntk", "model.attn.rope.dim=2"], "rope.dim=2"),  # factor^(dim / (dim - 2))
 ]

@@ -99,7 +99,7 @@ def test_cached_logits_are_the_uncached_ones(choice: str, sizes: list[int], monk
         return given[(len(seen) - 1) % 18]
 
     monkeypatch.setattr(generate, "draw", forced)
-    m, prompts = made(*CHOICES[choice], layers=3), ragged(random.Random(1), sizes)
+    m, prompts = made(*CHOICES[choice], n_layers=3), ragged(random.Random(1), sizes)
     found = outs(m, prompts, 18)
     assert found == outs(m, prompts, 18, use_cache=False) == given.T.tolist()
     for cached, whole in zip(seen[:18], seen[18:], strict=True):

@@ -1,9 +1,5 @@
 """Models that others wrote, converted: the same logits and gradients, and back again bit for bit."""
 
-import json
-import os
-import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from etude.errors import Refusal
 from etude.infer.cache import KVCache
 from etude.interop import architectures, convert
 from etude.model.transformer import Transformer

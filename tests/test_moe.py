@@ -379,7 +379,7 @@ def test_gradients_of_the_losses() -> None:
 
 def test_aux_of_a_model() -> None:
     """Losses of the layers are summed, loads stacked, entropies averaged; under inference_mode there is none."""
-    m, ids = made("moe", layers=3), tokens()
+    m, ids = made("moe", n_layers=3), tokens()
     seen: list[Any] = []
     for block in m.blocks:
         block.ffn.register_forward_hook(lambda module, args, out: seen.append(out[1]))
@@ -488,7 +488,7 @@ def test_a_step_of_the_bias() -> None:
     assert m.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     m.balance(torch.tensor([7, 7, 7, 7]))
     assert m.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
-    whole = made("deepseek_v3", layers=3)
+    whole = made("deepseek_v3", n_layers=3)
     before = [b.ffn.bias.clone() for b in whole.blocks[1:]]
     load = torch.zeros(2, 16)
     load[0, 3], load[1, 5] = 8, 8
@@ -598,7 +598,7 @@ def test_which_layers_are_sparse(first_dense: int, every: int, sparse: list[int]
     assert [i for kind, dim, i in calls if kind == "sparse"] == sparse and len(calls) == 6
     assert [(dim, i) for _, dim, i in calls] == [(24, i) for i in range(6)]
     said = [f"model.ffn.first_dense={first_dense}", f"model.ffn.every={every}"]
-    m = uninitialised("deepseek_v2", *said, layers=6)
+    m = uninitialised("deepseek_v2", *said, n_layers=6)
     assert [i for i, b in enumerate(m.blocks) if isinstance(b.ffn, MoE)] == sparse
     m.init_weights()
     aux = m(tokens(), targets=tokens())[1]

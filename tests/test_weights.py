@@ -37,7 +37,7 @@ def names(m: torch.nn.Module) -> dict[str, Tensor]:
 def test_a_model_comes_back(choice: str, tmp_path: Path) -> None:
     """Every parameter bit for bit, what is tied, what is not trained, the settings that have no parameters, and so the
     logits; in evaluation mode."""
-    m = made(*CHOICES[choice], "model.dropout=0.5")
+    m = made(*CHOICES[choice], dropout=0.5)
     m.save_pretrained(tmp_path / "deep" / "export")
     again = Transformer.from_pretrained(tmp_path / "deep" / "export")
     assert type(again) is Transformer and not again.training and again.node == m.node

@@ -189,20 +189,23 @@ class Session:
 
     def sample(self, step: int) -> list[tuple[str, str]]:
         """Text after each of sample_prompts, written to the trackers by rank 0. -> (prompt, text) pairs."""
+        import torch
+
         from etude.infer.generate import can_cache, complete, encode_prompt
         from etude.infer.sampling import Sampling
 
         if self.world.rank != 0 or not self.prompts:
             return []
         self.model.eval()
-        rows = complete(
-            self.model,
-            self.tokenizer,
-            [encode_prompt(self.tokenizer, p) for p in self.prompts],
-            Sampling(temperature=0.8, top_k=50, seed=self.cfg["seed"]),
-            self.cfg["sample_tokens"],
-            use_cache=can_cache(self.model),
-        )
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+            rows = complete(
+                self.model,
+                self.tokenizer,
+                [encode_prompt(self.tokenizer, p) for p in self.prompts],
+                Sampling(temperature=0.8, top_k=50, seed=self.cfg["seed"]),
+                self.cfg["sample_tokens"],
+                use_cache=can_cache(self.model),
+            )
         self.model.train()
         pairs = [(p, r.text) for p, r in zip(self.prompts, rows)]
         for i, (prompt, text) in enumerate(pairs):

@@ -51,39 +51,44 @@ def _powers(theta: float, dim: int, device: torch.device) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearRope(Rope):
-    """Position interpolation (Chen et al. 2023): positions divided by `factor`."""
+class ScaledRope(Rope):
+    """For texts `factor` times as long as those trained on; how, its subclasses say."""
 
     factor: float
+
+    @staticmethod
+    def check(theta: float, dim: int | None, factor: float) -> None:  # type: ignore[override]
+        for name, value in (("theta", theta), ("factor", factor)):
+            if value <= 0:
+                raise ValueError(f"rope.{name}={value} should be above 0")
+        if dim is not None and (dim < 4 or dim % 2):
+            raise ValueError(
+                f"rope.dim={dim} should be even and, to be scaled, at least 4: RoPE turns pairs of channels"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearRope(ScaledRope):
+    """Position interpolation (Chen et al. 2023): positions divided by `factor`."""
 
     def frequencies(self, dim: int, device: torch.device) -> Tensor:
         return _powers(self.theta, dim, device) / self.factor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NTKRope(Rope):
+class NTKRope(ScaledRope):
     """NTK-aware interpolation (bloc97, 2023): theta times factor^(dim / (dim - 2)), so that the slowest pair is
     stretched by `factor` and the fastest not at all. The factor is fixed: keys in a cache stay valid."""
-
-    factor: float
-
-    @staticmethod
-    def check(theta: float, dim: int | None, factor: float) -> None:
-        if theta <= 0 or factor <= 0:
-            raise ValueError(f"rope.theta={theta} and rope.factor={factor} should be above 0")
-        if dim is not None and (dim < 4 or dim % 2):
-            raise ValueError(f"rope.dim={dim} should be even and at least 4: NTK scaling divides by dim - 2")
 
     def frequencies(self, dim: int, device: torch.device) -> Tensor:
         return _powers(self.theta * self.factor ** (dim / (dim - 2)), dim, device)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3Rope(Rope):
+class Llama3Rope(ScaledRope):
     """Llama 3.1's: pairs that turn fewer than `low_freq_factor` times in `original_max_len` positions are stretched by
     `factor`, those above `high_freq_factor` are left, in between it is interpolated."""
 
-    factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_len: int
@@ -97,7 +102,7 @@ class Llama3Rope(Rope):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class YarnRope(Rope):
+class YarnRope(ScaledRope):
     """YaRN (Peng et al. 2023): pairs that turn fewer than `beta_slow` times in `original_max_len` positions are stretched
     by `factor`, those above `beta_fast` are left, by a linear ramp over the pairs in between.
 
@@ -105,7 +110,6 @@ class YarnRope(Rope):
     (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1), whose denominator's square then scales MLA's
     scores."""
 
-    factor: float
     original_max_len: int
     beta_fast: float
     beta_slow: float
@@ -140,21 +144,25 @@ class YarnRope(Rope):
         return self._grow(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
 
-@functools.lru_cache(maxsize=8)
 def angles(positions: Tensor | int, how: Rope, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos (..., T, dim) and sin with the sign of the channel they meet, fp32, for positions (B, T) or the number T of them
-    from 0 on. Memoised by the identity of `positions`: the layers of a model ask for the same ones."""
-    # What is made under inference_mode could not be saved for a later backward.
+    from 0 on."""
+    if isinstance(positions, int):
+        turned = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * how.frequencies(dim, device)
+    else:
+        turned = positions[:, None, :, None] * how.frequencies(dim, device)
+    cos, sin = turned.cos() * how.magnitude, turned.sin() * how.magnitude
+    if how.layout == "half":
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+
+
+@functools.lru_cache(maxsize=8)
+def _memoised(positions: Tensor | int, how: Rope, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same, by the identity of `positions`: the layers of a model ask for the same ones. What is made under
+    inference_mode could not be saved for a later backward."""
     with torch.inference_mode(not isinstance(positions, int) and positions.is_inference()):
-        frequencies = how.frequencies(dim, device)
-        if isinstance(positions, int):
-            turned = torch.arange(positions, device=device, dtype=torch.float32)[:, None] * frequencies
-        else:
-            turned = positions[:, None, :, None] * frequencies
-        cos, sin = turned.cos() * how.magnitude, turned.sin() * how.magnitude
-        if how.layout == "half":
-            return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+        return angles(positions, how, dim, device)
 
 
 def rope(x: Tensor, positions: Tensor | None, how: Rope) -> Tensor:
@@ -163,7 +171,8 @@ def rope(x: Tensor, positions: Tensor | None, how: Rope) -> Tensor:
     dim = how.dim or D
     if dim < D:
         return torch.cat((rope(x[..., :dim], positions, how), x[..., dim:]), -1)
-    cos, sin = angles(T if positions is None else positions, how, dim, x.device)
+    made = angles if torch.compiler.is_compiling() else _memoised
+    cos, sin = made(T if positions is None else positions, how, dim, x.device)
     y = x if x.dtype == torch.float32 else x.float()
     other = y.roll(dim // 2, -1) if how.layout == "half" else y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     y = torch.addcmul(y * cos, other, sin)
