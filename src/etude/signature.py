@@ -3,7 +3,9 @@
 import __future__
 
 import ast
+import copy
 import difflib
+import functools
 import importlib.machinery
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +53,12 @@ def _source(module: str) -> Path | None:
 
 def _tree(module: str) -> ast.Module | None:
     source = _source(module)
-    return ast.parse(source.read_text(encoding="utf-8")) if source else None
+    return _parsed(source, source.stat().st_mtime_ns) if source else None
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(source: Path, changed: int) -> ast.Module:
+    return ast.parse(source.read_text(encoding="utf-8"))
 
 
 def _find(module: str, name: str, depth: int = 0) -> tuple[str, ast.ClassDef | ast.FunctionDef] | None:
@@ -136,6 +143,7 @@ def check_method(target: str) -> Callable[..., None] | None:
 
 
 def _compiled(function: ast.FunctionDef, module: str) -> Callable[..., None]:
+    function = copy.copy(function)  # the tree is kept for others
     function.decorator_list = []
     space: dict[str, Any] = {}
     exec(compile(ast.Module([function], []), module, "exec", flags=__future__.annotations.compiler_flag), space)

@@ -166,9 +166,11 @@ def complete(
     use_cache: bool = True,
     on_text: Callable[[int, str], None] = lambda i, text: None,
     on_crop: Callable[[int], None] = lambda limit: None,
+    end_ids: set[int] = frozenset(),  # type: ignore[assignment]
 ) -> list[TextRow]:
-    """n samples of each prompt (its ids), in order: prompt 0's first. `on_text(i, new)` is called as sample i's text comes."""
-    stop_ids = tokenizer.stop_ids
+    """n samples of each prompt (its ids), in order: prompt 0's first. `on_text(i, new)` is called as sample i's text comes. A
+    sample ends with one of the tokenizer's stop_ids or of `end_ids`."""
+    stop_ids = tokenizer.stop_ids | end_ids
     rows = [Row(list(p), choice) for p in prompts for choice in range(n)]
     texts = [TextRow(row, tokenizer, stop or []) for row in rows]
     for start in range(0, len(rows), batch_size):

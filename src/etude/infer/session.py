@@ -94,6 +94,7 @@ class Speaker:
 
     def __init__(self, cfg: dict, model: Any, tokenizer: Any, sampling: Sampling):
         self.cfg, self.model, self.tokenizer, self.sampling = cfg, model, tokenizer, sampling
+        self.end_ids = chat.end_of_turn(tokenizer) if cfg["chat"] else set()
         self.history: list[chat.Message] = []
         if cfg["system"] is not None:
             self.history.append({"role": "system", "content": cfg["system"]})
@@ -121,6 +122,7 @@ class Speaker:
             self.cfg["cache"],
             on_text,
             self.on_crop,
+            self.end_ids,
         )
 
     def stream(self, prompt: str) -> str:

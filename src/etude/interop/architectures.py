@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from etude.config import show
+from etude.config import check_relations, check_targets, show
 from etude.errors import Refusal
 
 Node = dict[str, Any]
@@ -104,13 +104,13 @@ def gpt2_entries(names: dict[str, str], ours: list[str], n_experts: int) -> Iter
 
 
 def _transpose(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.T.contiguous() for t in tensors]
+    return [t.mT.contiguous() for t in tensors]
 
 
 def _trio(matrix: bool) -> tuple[Callable[[list[Tensor]], list[Tensor]], Callable[[list[Tensor]], list[Tensor]]]:
     if not matrix:
         return lambda ts: [t.clone() for t in ts[0].chunk(3)], lambda ts: [torch.cat(ts)]
-    return lambda ts: [t.contiguous() for t in ts[0].T.chunk(3)], lambda ts: [torch.cat(ts).T.contiguous()]
+    return lambda ts: [t.contiguous() for t in ts[0].mT.chunk(3)], lambda ts: [torch.cat(ts).mT.contiguous()]
 
 
 ATTN = {f"attn.{x}": f"self_attn.{x}_proj" for x in "qkv"} | {"attn.out": "self_attn.o_proj"}
@@ -631,19 +631,22 @@ def _class(node: Node) -> str:
 def read(config: Config) -> tuple[Architecture, Node]:
     """The architecture and node of a config.json. Raises Refusal that names what is not supported."""
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise Refusal(f"model_type={kind} is not supported; there is: {', '.join(ARCHITECTURES)}")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "quantized")
+    if how := config.get("quantization_config"):
+        method = how.get("quant_method", "quantized") if isinstance(how, dict) else how
         raise Refusal(
             f"config.json: {method} weights are not supported; bring the model in float32, float16 or bfloat16"
         )
     arch = ARCHITECTURES[kind]
     try:
-        return arch, arch.to_node(config)
+        node = arch.to_node(config)
+        check_targets({"model": node}, ["etude.model"])
+        check_relations({"model": node})
+        return arch, node
     except KeyError as error:
         raise Refusal(f"config.json has no {error.args[0]}, which {kind} needs") from None
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, AttributeError, ZeroDivisionError, ValueError, OverflowError) as error:
         raise Refusal(f"config.json has a value of the wrong kind: {error}") from None
 
 

@@ -2,20 +2,24 @@
 folder. Tensors are read, changed and written a few at a time: one shard is all that is in memory."""
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from etude import checkpoint
 from etude.config import build
-from etude.errors import Refusal, StorageFault
+from etude.errors import Interrupted, Refusal, StorageFault
 from etude.interop import architectures
 from etude.interop.architectures import Architecture, Config, Entry, Node
 from etude.model import weights
+from etude.parallel import StopSignals
 from etude.text import tokenizer as tok
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,14 +31,15 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 # What a file may hold beside the parameters: tables that are computed, and the prediction of further tokens.
+EXACT = ".ffn.bias"  # a router's bias keeps its type: which experts are chosen hangs on it
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias")
 
 
 def run(cfg: dict) -> int:
     """-> exit code."""
-    source, to = Path(cfg["from"]).expanduser(), Path(cfg["to"]).expanduser()
-    if cfg["shard_gb"] <= 0:
-        raise Refusal(f"shard_gb={cfg['shard_gb']} should be above 0")
+    source, to = Path(cfg["from"]).expanduser(), Path(cfg["to"]).expanduser().resolve()
+    if not 0 < cfg["shard_gb"] < math.inf:
+        raise Refusal(f"shard_gb={cfg['shard_gb']} should be a number above 0")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise Refusal(f"to={cfg['to']} exists already; give a new folder, or delete that one")
     if not source.exists():
@@ -45,31 +50,32 @@ def run(cfg: dict) -> int:
     try:
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
-        said = _convert(source, making, cfg)
-        if to.exists():
-            to.rmdir()
-        making.rename(to)
-    except OSError as error:
-        raise StorageFault(f"could not write {to}: {error.strerror or error}") from None
+        with StopSignals() as signals:
+            writer = Writer(making, int(cfg["shard_gb"] * 2**30), DTYPES.get(cfg["dtype"]), signals)
+            said = _convert(source, writer, cfg["trusted"])
+        to.mkdir(exist_ok=True)  # an empty one stays the folder that somebody may stand in
+        for path in making.iterdir():
+            path.rename(to / path.name)
+    except (OSError, SafetensorError) as error:
+        raise StorageFault(f"could not write {to}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    print(said.replace("{to}", str(to)))
+    print(said.replace("{to}", cfg["to"]))
     return 0
 
 
-def _convert(source: Path, to: Path, cfg: dict) -> str:
-    dtype, size = DTYPES.get(cfg["dtype"]), int(cfg["shard_gb"] * 2**30)
+def _convert(source: Path, writer: "Writer", trusted: list[str]) -> str:
     if source.is_file():
         if source.suffix != ".gguf":
             raise Refusal(f"from={source} is a file and not .gguf; give the folder that holds config.json")
         from etude.interop.gguf import GGUF
 
         file = GGUF(source)
-        return to_export(file.config, file, file.tokenizer_files(), to, dtype, size)
+        return to_export(file.config, file, file.tokenizer_files(), writer)
     config = weights.read_json(source, "config.json") if (source / "config.json").exists() else {}
     if "model_type" in config:
-        return to_export(config, weights.Stored(source), _files(source), to, dtype, size)
-    return to_hugging_face(checkpoint.find(str(source)), to, dtype, size, cfg["trusted"])
+        return to_export(config, weights.Stored(source), _files(source), writer)
+    return to_hugging_face(checkpoint.find(str(source)), writer, trusted)
 
 
 def _files(folder: Path) -> dict[str, str]:
@@ -84,40 +90,50 @@ def _files(folder: Path) -> dict[str, str]:
 # ---------------------------------------------------------------- into ours
 
 
-def to_export(
-    config: Config, stored: Any, files: dict[str, str], to: Path, dtype: torch.dtype | None, size: int
-) -> str:
+def to_export(config: Config, stored: Any, files: dict[str, str], writer: "Writer") -> str:
     """Write an export of a model of theirs: `stored` has names(), shape(name), get(name) in Hugging Face's names. -> what
     to tell the user."""
     arch, node = architectures.read(config)
     names = set(stored.names())
     prefix = _prefix(arch, names)
-    embed = next(e for e in _entries(arch, node, 1) if e.ours == ("embed.weight",)).theirs[0]
+    embed = next(arch.entries(arch.names, ["embed.weight"], 0)).theirs[0]
     if embed not in names and embed.removeprefix(prefix) not in names:
         raise Refusal(f"the weights have no {embed}: this is not the file of a {arch.model_type}")
     stored_name = lambda name: name if name in names else name.removeprefix(prefix)  # noqa: E731
-    vocab_size = stored.shape(stored_name(embed))[0]
+    layers = {int(m[1]) for n in names if (m := re.search(r"(?:layers|h)\.(\d+)\.", n))}
+    if len(layers) < node["n_layers"]:  # before a model of that size is made
+        raise Refusal(f"the weights have {len(layers)} layers, config.json says {node['n_layers']}")
+    shape = stored.shape(stored_name(embed))
+    if len(shape) != 2:
+        raise Refusal(f"{embed} has shape {shape}; it should have two dimensions")
+    vocab_size = shape[0]
     entries = list(_entries(arch, node, vocab_size))
     wanted = {stored_name(n) for e in entries for n in e.theirs}
     if missing := sorted(wanted - names):
         raise Refusal(
             f"the weights have no {missing[0]}, which this {arch.model_type} needs ({len(missing)} are missing)"
         )
-    left = [n for n in sorted(names - wanted) if not _may_be_left(n, node)]
+    further = config.get("num_nextn_predict_layers", 1) if arch.model_type == "deepseek_v3" else 0
+    left = [n for n in sorted(names - wanted) if not _may_be_left(n, node, further)]
     if left:
         raise Refusal(
             f"{left[0]} is not part of a {arch.model_type} as it is built here ({len(left)} such tensors): that would be lost"
         )
     shapes = _shapes(node, vocab_size)
-    writer = Writer(to, size, dtype)
+    to = writer.folder
     for entry in entries:
-        tensors = entry.pack([stored.get(stored_name(n)) for n in entry.theirs])
+        try:
+            tensors = entry.pack([stored.get(stored_name(n)) for n in entry.theirs])
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise Refusal(f"{entry.theirs[0]} and its like have shapes that do not go together: {error}") from None
         for name, tensor in zip(entry.ours, tensors, strict=True):
+            if not tensor.is_floating_point():
+                raise Refusal(f"{entry.theirs[0]} holds {tensor.dtype} numbers: quantised weights are not supported")
             if tensor.shape != shapes[name]:
                 raise Refusal(
                     f"{entry.theirs[0]} makes {name} {tuple(tensor.shape)}, config.json says {tuple(shapes[name])}"
                 )
-            writer.add(name, tensor)
+            writer.add(name, tensor, cast=not name.endswith(EXACT))
     writer.close()
     ours = {
         "format": weights.FORMAT,
@@ -148,11 +164,12 @@ def _prefix(arch: Architecture, names: set[str]) -> str:
     return "" if any(n.startswith(prefix) for n in names) else prefix
 
 
-def _may_be_left(name: str, node: Node) -> bool:
+def _may_be_left(name: str, node: Node, further: int) -> bool:
+    """Whether a tensor is a computed table, a tied head, or of one of `further` layers that predict further tokens."""
     if name.endswith(IGNORED) or (name == "lm_head.weight" and node["tied"]):
         return True
-    parts = name.split(".")  # layers beyond the last one predict further tokens (DeepSeek-V3)
-    return parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) >= node["n_layers"]
+    m = re.match(r"model\.layers\.(\d+)\.", name)
+    return m is not None and node["n_layers"] <= int(m[1]) < node["n_layers"] + further
 
 
 def _meta(node: Node, vocab_size: int) -> Any:
@@ -172,16 +189,16 @@ def _entries(arch: Architecture, node: Node, vocab_size: int) -> Iterator[Entry]
 # ---------------------------------------------------------------- out of ours
 
 
-def to_hugging_face(folder: Path, to: Path, dtype: torch.dtype | None, size: int, trusted: list[str]) -> str:
+def to_hugging_face(folder: Path, writer: "Writer", trusted: list[str]) -> str:
     """Write a folder that AutoModelForCausalLM.from_pretrained reads. -> what to tell the user."""
     ours = weights.read_config(folder)
     weights.check_parts(ours["model"], trusted)
     arch, config = architectures.write(ours["model"], ours.get("architecture"))
-    stored, writer = weights.Stored(folder), Writer(to, size, dtype)
+    stored, to = weights.Stored(folder), writer.folder
     for entry in _entries(arch, ours["model"], ours["vocab_size"]):
         tensors = entry.unpack([stored.get(n) for n in entry.ours])
         for name, tensor in zip(entry.theirs, tensors, strict=True):
-            writer.add(name, tensor)
+            writer.add(name, tensor, cast=not entry.ours[0].endswith(EXACT))
     writer.close()
     files = _files(folder)
     if "tokenizer.json" in files:
@@ -202,15 +219,17 @@ def to_hugging_face(folder: Path, to: Path, dtype: torch.dtype | None, size: int
 class Writer:
     """Safetensors in shards of about `size` bytes, with an index where there is more than one."""
 
-    def __init__(self, folder: Path, size: int, dtype: torch.dtype | None):
-        self.folder, self.size, self.dtype = folder, size, dtype
+    def __init__(self, folder: Path, size: int, dtype: torch.dtype | None, signals: StopSignals):
+        self.folder, self.size, self.dtype, self.signals = folder, size, dtype, signals
         self.shard: dict[str, Tensor] = {}
         self.done: list[list[str]] = []
         self.held, self.bytes, self.parameters = 0, 0, 0
         self.dtypes: dict[torch.dtype, int] = {}
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        tensor = tensor.to(self.dtype or tensor.dtype).contiguous()
+    def add(self, name: str, tensor: Tensor, cast: bool) -> None:
+        if self.signals.name is not None:
+            raise Interrupted(f"{self.signals.name}: nothing was written")
+        tensor = tensor.to((cast and self.dtype) or tensor.dtype).contiguous()
         if self.shard and self.held + tensor.nbytes > self.size:
             self._flush()
         self.held += tensor.nbytes

@@ -68,7 +68,10 @@ class GGUF:
         if self.arch not in KINDS:
             raise Refusal(f"{path}: architecture {self.arch} is not supported; there is: {', '.join(KINDS)}")
         self._last: tuple[str, np.ndarray] | None = None
-        self.config = self._config()
+        try:
+            self.config = self._config()
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise Refusal(f"{path} has metadata of the wrong kind: {error}") from None
         self._named = self._names()
 
     def _get(self, key: str, default: Any = None) -> Any:
@@ -114,9 +117,13 @@ class GGUF:
         return config
 
     def _scaling(self, kind: str) -> dict[str, Any]:
-        scaling = {"rope_type": kind, "factor": _short(self._get("rope.scaling.factor", 1.0))}
+        given = {k.rpartition(".")[2]: v for k, v in self.meta.items() if k.startswith(f"{self.arch}.rope.scaling.")}
+        scaling = {"rope_type": kind, "factor": _short(given.pop("factor", 1.0))}
         if kind == "yarn":
             scaling["original_max_position_embeddings"] = self._get("rope.scaling.original_context_length")
+            scaling |= {k: _short(given.pop(f"yarn_{k}")) for k in ("beta_fast", "beta_slow") if f"yarn_{k}" in given}
+        if left := sorted(given.keys() - {"type", "original_context_length", "finetuned"}):
+            raise Refusal(f"{self.path}: {self.arch}.rope.scaling.{left[0]} is not supported")
         return scaling
 
     def _llama3(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -124,10 +131,12 @@ class GGUF:
         from etude.model.rope import Llama3Rope, Rope
 
         divisors, dim, device = self._read("rope_freqs.weight"), config["head_dim"], torch.device("cpu")
+        if divisors.shape != (dim // 2,):
+            raise Refusal(f"{self.path}: rope_freqs.weight has shape {divisors.shape}, it should be ({dim // 2},)")
         numbers: dict[str, Any] = {"theta": config["rope_theta"], "dim": None, "layout": "half"}
         guess: dict[str, Any] = {"factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         scaled = Llama3Rope(**numbers, **guess, original_max_len=8192).frequencies(dim, device)
-        wanted = Rope(**numbers).frequencies(dim, device) / torch.from_numpy(divisors)
+        wanted = Rope(**numbers).frequencies(dim, device) / torch.from_numpy(np.array(divisors))
         if not torch.allclose(scaled, wanted, rtol=1e-3):
             raise Refusal(f"{self.path}: rope_freqs.weight is no scaling that is known here")
         return {"rope_type": "llama3", "original_max_position_embeddings": 8192} | guess
@@ -184,6 +193,15 @@ class GGUF:
 
     def tokenizer_files(self) -> dict[str, str]:
         """tokenizer.json, tokenizer_config.json and generation_config.json of the metadata."""
+        try:
+            return self._tokenizer_files()
+        except Refusal:
+            raise
+        except Exception as error:  # of the metadata, or of the tokenizers library, which raises plain ones
+            what = f"no tokenizer can be built from its tokens, merges and scores ({type(error).__name__}: {' '.join(str(error).split())})"
+            raise Refusal(f"{self.path}: {what}") from None
+
+    def _tokenizer_files(self) -> dict[str, str]:
         kind = self.meta.get("tokenizer.ggml.model")
         makers = {"gpt2": self._byte_bpe, "llama": self._sentencepiece}
         if kind not in makers:
@@ -191,6 +209,8 @@ class GGUF:
         tokens = self.meta["tokenizer.ggml.tokens"]
         backend = makers[kind](tokens)
         types = self.meta.get("tokenizer.ggml.token_type", [1] * len(tokens))
+        if not isinstance(types, list) or len(types) != len(tokens):
+            raise Refusal(f"{self.path}: tokenizer.ggml.token_type does not go with its {len(tokens)} tokens")
         # 3 control, 4 user-defined: found in text before anything is split
         added = [(t, k) for t, k in zip(tokens, types) if k in (3, 4)]
         backend.add_tokens([AddedToken(t, normalized=False, special=k == 3) for t, k in added])
@@ -227,7 +247,10 @@ class GGUF:
                 f"{self.path}: a tokenizer that splits text as {pre} is not supported; there is: {', '.join(PRE)}"
             )
         merges = [(m.split(" ", 1)[0], m.split(" ", 1)[1]) for m in self.meta["tokenizer.ggml.merges"]]
-        backend = Backend(models.BPE({t: i for i, t in enumerate(tokens)}, merges, ignore_merges=pre == "llama-bpe"))
+        vocab = {t: i for i, t in enumerate(tokens)}
+        if unknown := next((m for m in merges if not {m[0], m[1], m[0] + m[1]} <= vocab.keys()), None):
+            raise Refusal(f"{self.path}: the merge {unknown} is not of its tokens")
+        backend = Backend(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
         backend.pre_tokenizer = PRE[pre]()
         backend.decoder = decoders.ByteLevel()
         backend.post_processor = processors.ByteLevel(trim_offsets=False)

@@ -273,9 +273,7 @@ class _Batched(torch.autograd.Function):
     summed as they are gathered."""
 
     @staticmethod
-    def forward(ctx, x, chosen, weights, gate_up, out, act):
-        # Experts one by one need no copy of their weights: best where nothing has to be cast, as in generation.
-        size = max(1, len(out) // 8) if any(ctx.needs_input_grad) else 1
+    def forward(ctx, x, chosen, weights, gate_up, out, act, size):
         lay = layout(chosen, len(out), size)
         matrices = [_stack(w, experts, x.dtype) for experts, _ in lay.groups for w in (gate_up, out)]
         scale = weights.new_zeros(len(lay.tokens)).index_copy_(0, lay.back, weights.flatten())[:, None].to(x.dtype)
@@ -306,7 +304,7 @@ class _Batched(torch.autograd.Function):
         d_gate.copy_(torch.autograd.grad(ctx.acted, ctx.gate, d.mul_(up), retain_graph=True)[0])
         d_gate_up = _outer(dh, x.index_select(0, lay.tokens), lay, ctx.shapes[0])
         dx = _gather(_products(dh, matrices[::2], lay, False), lay, visits)
-        return dx, None, d_scale.index_select(0, lay.back).view(visits.shape), d_gate_up, d_out, None
+        return dx, None, d_scale.index_select(0, lay.back).view(visits.shape), d_gate_up, d_out, None, None
 
 
 def _gather(rows: Tensor, lay: Layout, visits: Tensor) -> Tensor:
@@ -356,7 +354,9 @@ def batched(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, out: Tensor, act: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Experts of similar load together, as batched products: the fastest on CPU."""
-    return _Batched.apply(x, chosen, weights, gate_up, out, act)
+    # Experts one by one need no copy of their weights: best where nothing is trained or cast, as in generation.
+    size = max(1, len(out) // 8) if torch.is_grad_enabled() else 1
+    return _Batched.apply(x, chosen, weights, gate_up, out, act, size)
 
 
 @torch.compiler.disable

@@ -22,7 +22,7 @@ FORMAT = 2  # of config.json
 def inside(folder: Path, name: Any) -> Path:
     """The file called `name` in `folder`. Raises Refusal for a name, or a link, that leads elsewhere. A snapshot in Hugging
     Face's cache may link to that model's own blobs."""
-    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or set(name) & {"\\", "\0"}:
         raise Refusal(f"{folder} names a file {name!r}: only plain names of files in that folder are followed")
     path = folder / name
     home, real = folder.resolve(), path.resolve()

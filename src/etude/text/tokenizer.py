@@ -108,9 +108,13 @@ def load(path: str | Path) -> Tokenizer:
         raise Refusal(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from None
     config = _json(folder / "tokenizer_config.json")
     if (template := folder / "chat_template.jinja").exists():
-        config["chat_template"] = template.read_text(encoding="utf-8")
-    stop = _json(folder / "generation_config.json").get("eos_token_id", [])
-    return Tokenizer(backend, config, stop if isinstance(stop, list) else [stop])
+        try:
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise Refusal(f"{template} cannot be read as text: {error}") from None
+    stop = _json(folder / "generation_config.json").get("eos_token_id")
+    stop = stop if isinstance(stop, list) else [stop]
+    return Tokenizer(backend, config, [i for i in stop if isinstance(i, int)])
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -118,20 +122,25 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refusal(f"{path} cannot be read: {error}") from None
     return value if isinstance(value, dict) else {}
 
 
 def _name(token: Any) -> str | None:
     """A special token in tokenizer_config.json: its text, or an object with it."""
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _template(value: Any) -> str | None:
     """A chat template in tokenizer_config.json: its text, or a list of named ones, of which "default" counts."""
-    if isinstance(value, list):
-        return next((t.get("template") for t in value if t.get("name") == "default"), None)
+    if isinstance(value, list) and all(isinstance(t, dict) for t in value):
+        value = next((t.get("template") for t in value if t.get("name") == "default"), None)
+    if value is not None and not isinstance(value, str):
+        raise Refusal(
+            "chat_template in tokenizer_config.json should be a text, or a list of objects with name and template"
+        )
     return value
 
 

@@ -1,0 +1,602 @@
+"""Chats: templates rendered as transformers renders them, hostile ones refused, and what generate.py chat=true prints."""
+
+import itertools
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import varied_text
+from hydra import compose, initialize_config_dir
+from running import ROOT, environment
+from test_model import made
+
+from etude.config import CONF, check
+from etude.errors import Refusal
+from etude.infer import generate, session
+from etude.infer.generate import complete
+from etude.infer.sampling import Sampling
+from etude.text import chat
+from etude.text import tokenizer as tok
+from etude.text.tokenizer import BOS, EOS, IM_END, IM_START, PAD, Tokenizer
+
+CORPUS = varied_text(4000)
+GREETING = [{"role": "user", "content": "Hello, wörld! 日本 👍"}]
+TALK = [
+    {"role": "system", "content": "  Be brief & <b>bold</b>.\n"},
+    {"role": "user", "content": 'What is "x"?\n\n'},
+    {"role": "assistant", "content": "{x}: 1 < 2"},
+    {"role": "user", "content": ""},
+]
+
+
+def bpe() -> Tokenizer:
+    return tok.bpe([CORPUS], [CORPUS], vocab_size=400)
+
+
+def byte() -> Tokenizer:
+    return tok.byte([CORPUS], [CORPUS])
+
+
+def with_template(template: Any, **config: Any) -> Tokenizer:
+    return Tokenizer(byte().backend, {"chat_template": template} | config)
+
+
+def written(tokenizer: Tokenizer, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in tokenizer.files().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+# ---------------------------------------------------------------- rendering
+
+TEMPLATES = {
+    "ChatML": chat.CHATML,
+    "system first": """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system = messages[0]['content'] %}
+{% else %}{% set loop_messages = messages %}{% set system = 'You are a cat.' %}{% endif %}
+<<SYS>>{{ system }}<</SYS>>
+{% for m in loop_messages %}{{ loop.index0 }}/{{ loop.length }} {{ m.role | upper }}: {{ m['content'] | trim }}{% if not loop.last %};{% endif %}
+
+{% endfor %}
+{% if add_generation_prompt %}ASSISTANT:{% endif %}
+""",
+    "special tokens": "{{ bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}{{ pad_token }}",
+    "tojson": "{% for m in messages %}{{ m | tojson }}\n{{ m['content'] | tojson }}{{ m | tojson(indent=2) }}{% endfor %}",
+    "tojson of ASCII": "{% for m in messages %}{{ m | tojson(ensure_ascii=true) }}{% endfor %}",
+    "tojson, tight": "{% for m in messages %}{{ m | tojson(separators=(',', ':'), sort_keys=true) }}{% endfor %}",
+    "today": "Today: {{ strftime_now('%d %b %Y') }}. {{ messages[0]['content'] }}",
+    "blocks": """
+    {% for m in messages %}
+        {% if m['role'] == 'user' %}
+    U: {{ m['content'] }}
+        {% else %}
+    O: {{- m['content'] -}}
+        {% endif %}
+    {% endfor %}
+  {#- a comment -#}
+  end
+""",
+    "break and continue": """{% for m in messages %}{% if m['role'] == 'system' %}{% continue %}{% endif %}{{ m['content'] }}
+{% if m['role'] == 'assistant' %}{% break %}{% endif %}{% endfor %}""",
+    "namespace": """{% set ns = namespace(found=false, n=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.found = true %}{% set ns.n = ns.n + 1 %}
+{% endif %}{% endfor %}{{ ns.found }} {{ ns.n }}""",
+    "macro": "{% macro turn(m) %}[{{ m.role }}]{{ caller() if caller else m.content }}{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}",
+    "alternation": """{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) and messages[0]['role'] != 'system' %}
+{{ raise_exception('Roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}""",
+    "strings": "{% for m in messages %}{{ m.content.split(' ')[0].strip().title() ~ '|' ~ (m.content | length) ~ m.get('name', '-') }}{% endfor %}",
+    "defined": "{{ nothing is defined }}{% if nothing %}x{% endif %}{{ nothing }}{{ messages is defined }}",
+    "tools": "{% if tools %}tools{% endif %}{% if documents %}documents{% endif %}{{ messages[0].content }}",
+    "no tools": "{% if tools is not none %}TOOLS{% endif %}{{ tools is defined }}{{ documents is none }}{{ messages[0].content }}",
+    "training": "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}",
+    "selected": "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join(', ') }}{{ messages | length }}",
+    "dict": "{% set d = dict(a=1) %}{{ d.a }}{{ d | tojson }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_rendered_as_by_transformers(name: str, tmp_path: Path) -> None:
+    """Text for text, for several conversations, with and without the beginning of an answer; of the same files."""
+    import transformers
+
+    tokenizer = with_template(TEMPLATES[name])
+    theirs = transformers.AutoTokenizer.from_pretrained(written(tokenizer, tmp_path / "t"))
+    for messages in (GREETING, TALK, [*GREETING, *TALK], TALK[1:2]):
+        for reply in (True, False):
+            expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+            assert chat.render(tokenizer, messages, reply) == expected
+            ids = theirs.apply_chat_template(messages, add_generation_prompt=reply, return_dict=False)
+            assert tokenizer.encode(expected) == ids
+
+
+@pytest.mark.parametrize("make", [bpe, byte])
+def test_chatml_for_tokenizers_trained_here(make: Callable[[], Tokenizer]) -> None:
+    """Each turn between its two tokens, one id each."""
+    tokenizer = make()
+    text = chat.render(tokenizer, TALK[:1] + GREETING)
+    assert text == (
+        f"{IM_START}system\n{TALK[0]['content']}{IM_END}\n"
+        f"{IM_START}user\n{GREETING[0]['content']}{IM_END}\n{IM_START}assistant\n"
+    )
+    assert chat.render(tokenizer, GREETING, reply=False) == f"{IM_START}user\n{GREETING[0]['content']}{IM_END}\n"
+    start, end = (tokenizer.backend.token_to_id(t) for t in (IM_START, IM_END))
+    ids = tokenizer.encode(text)
+    assert ids.count(start) == 3 and ids.count(end) == 2 and ids[0] == start
+    assert tokenizer.decode(ids) == text
+
+
+def test_tokens_that_a_vocabulary_lacks(tmp_path: Path) -> None:
+    """They are undefined in a template, as for transformers, and not an empty text."""
+    import transformers
+
+    plain = tok.char([CORPUS], [CORPUS], unknown="unk").backend
+    template = "[{{ bos_token }}]{% if bos_token is defined %}defined{% endif %}{{ eos_token is none }}"
+    tokenizer = Tokenizer(plain, {"chat_template": template})
+    theirs = transformers.AutoTokenizer.from_pretrained(written(tokenizer, tmp_path / "t"))
+    assert chat.render(tokenizer, GREETING) == theirs.apply_chat_template(GREETING, tokenize=False)
+
+
+def test_characters_have_no_chat() -> None:
+    with pytest.raises(Refusal, match="no chat template and no ChatML tokens: leave out chat=true") as raised:
+        chat.render(tok.char([CORPUS], [CORPUS], unknown="unk"), GREETING)
+    assert "\n" not in str(raised.value)
+
+
+HOSTILE = {
+    "ancestors": "{{ ''.__class__.__mro__ }}",
+    "subclasses": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "endless attributes": "{{ messages" + ".__class__" * 500 + " }}",
+    "more attributes": "{{ messages" + ".a.b" * 20 + " }}",
+    "by format": "{{ '{0.__class__.__mro__}'.format('') }}",
+    "globals of time": "{{ strftime_now.__globals__['os'].system('true') }}",
+    "cycler": "{{ cycler.__init__.__globals__.os.popen('true').read() }}",
+    "a message is changed": "{{ messages.append(1) }}",
+    "a message is emptied": "{{ messages[0].clear() }}",
+    "a file": "{% include '/etc/passwd' %}",
+    "a module": "{% import 'os' as os %}{{ os }}",
+    "another template": "{% extends 'base' %}",
+    "it refuses": "{{ raise_exception('Only user and assistant roles are supported!') }}",
+    "in two lines": "{{ raise_exception('Only user\\nand assistant') }}",
+    "undefined": "{{ nothing.at.all }}",
+    "unknown filter": "{{ messages | nothing }}",
+    "unknown tag": "{% nothing %}",
+    "open": "{% for m in messages %}{{ m }}",
+    "half": "{{ messages[0 }}",
+    "stray": "{% endfor %}",
+    "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "nothing added": "{{ messages[0]['content'] + 1 }}",
+    "divided": "{{ 1 / 0 }}",
+    "no such call": "{{ messages() }}",
+    "wrong call": "{{ strftime_now() }}",
+    "a long way": "{% for i in range(1000000000) %}x{% endfor %}",
+    "round and round": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "memory": "{{ 'x' * 100000000000000 }}",
+    "no JSON": "{{ self | tojson }}",
+    "a number for a text": "{{ 'abc'.split(1) }}",
+}
+
+
+SILENT = {
+    "class": "{{ ''.__class__ }}",
+    "by filter": "{{ ''|attr('__class__')|attr('__mro__') }}",
+    "by format_map": "{{ '{a.__class__}'.format_map({'a': ''}) }}",
+    "globals": "{{ raise_exception.__globals__ }}{{ strftime_now.__code__ }}{{ namespace.__init__ }}",
+    "self": "{{ self._TemplateReference__context }}",
+    "own attributes": "{{ messages.__class__ }}{{ messages[0].__init__ }}{{ bos_token.__len__ }}",
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_templates_that_learn_nothing(name: str) -> None:
+    """What leads out of the sandbox is not there: nothing is printed of it, if it is not refused."""
+    try:
+        assert chat.render(with_template(SILENT[name]), TALK) == ""
+    except Refusal as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_templates_that_are_refused(name: str) -> None:
+    """In one line of which there is an end, whatever the template does; the conversation is as it was."""
+    messages = [dict(m) for m in TALK]
+    with pytest.raises(Refusal, match="chat template") as raised:
+        chat.render(with_template(HOSTILE[name]), messages)
+    line = str(raised.value)
+    assert "\n" not in line and len(line) < 500
+    assert messages == TALK
+
+
+def test_what_a_template_objects_to_is_said() -> None:
+    with pytest.raises(Refusal, match="the chat template refuses: Only user and assistant roles are supported!"):
+        chat.render(with_template(HOSTILE["it refuses"]), TALK)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_list_of_templates(tmp_path: Path) -> None:
+    """The one called default counts; where there is none, it is as if there were no template."""
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ messages[0].content }}!"}]
+    assert chat.render(with_template(named), GREETING) == GREETING[0]["content"] + "!"
+    assert with_template(named[:1]).template is None
+    assert chat.render(with_template(named[:1]), GREETING).startswith(IM_START)
+    assert tok.load(written(with_template(named), tmp_path / "t")).template == named[1]["template"]
+
+
+@pytest.mark.parametrize(
+    "template", [5, ["default"], [None], {"default": "x"}, [{"name": "default", "template": 5}], True]
+)
+def test_templates_that_are_no_text(template: Any, tmp_path: Path) -> None:
+    """Refused where the files are read, or where the template is asked for."""
+    folder = written(byte(), tmp_path / "t")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(Refusal):
+        chat.render(tok.load(folder), GREETING)
+
+
+def test_the_template_in_its_own_file_wins(tmp_path: Path) -> None:
+    import transformers
+
+    folder = written(with_template("config"), tmp_path / "t")
+    assert chat.render(tok.load(folder), GREETING) == "config"
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }} in a file: ü\n", encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(GREETING, tokenize=False)
+    assert chat.render(tok.load(folder), GREETING) == expected == GREETING[0]["content"] + " in a file: ü"
+
+
+def test_special_tokens_as_objects(tmp_path: Path) -> None:
+    """In tokenizer_config.json a token is a text or an object with it; it need not be the usual one."""
+    folder = written(byte(), tmp_path / "t")
+    config = {"eos_token": {"content": IM_END, "special": True, "lstrip": False}, "bos_token": PAD, "pad_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").unlink()
+    found = tok.load(folder)
+    assert (found.token(found.eos), found.token(found.bos), found.token(found.pad)) == (IM_END, PAD, PAD)
+    assert found.stop_ids == {found.eos}
+    text = chat.render(
+        Tokenizer(found.backend, config | {"chat_template": "{{ eos_token }} {{ bos_token }}"}), GREETING
+    )
+    assert text == f"{IM_END} {PAD}"
+
+
+@pytest.mark.parametrize(
+    "config", [{"eos_token": 5}, {"eos_token": ["x"]}, {"eos_token": {"content": 5}}, {"bos_token": {"text": "x"}}, {"eos_token": {"content": ["x"]}}], ids=str
+)  # fmt: skip
+def test_special_tokens_that_are_none(config: dict[str, Any], tmp_path: Path) -> None:
+    """Refused in one line, or passed over: then the usual tokens count."""
+    folder = written(byte(), tmp_path / "t")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    try:
+        found = tok.load(folder)
+    except Refusal as error:
+        assert "\n" not in str(error)
+    else:
+        assert (found.token(found.bos), found.token(found.eos)) == (BOS, EOS)
+
+
+@pytest.mark.parametrize(
+    "given,expected",
+    [
+        (260, {257, 260}),
+        ([260, 258], {257, 258, 260}),
+        ([], {257}),
+        (None, {257}),
+        ({"a": 1}, None),
+        ([260, 100_000, -1], {257, 260}),
+        ("x", None),
+        ([None], None),
+        ([[260]], None),
+    ],
+    ids=str,
+)
+def test_tokens_that_end_an_answer(given: Any, expected: set[int] | None, tmp_path: Path) -> None:
+    """generation_config.json has one, several or null; the end of a text is always among them. What is no id is refused or
+    passed over."""
+    folder = written(byte(), tmp_path / "t")
+    assert byte().eos == 257
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    if expected is not None:
+        assert tok.load(folder).stop_ids == expected
+        return
+    try:
+        assert tok.load(folder).stop_ids == {257}
+    except Refusal as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"7", b"\xff\xfe", b'{"a": ' + b"[" * 100_000])
+def test_files_that_are_wrong(name: str, content: bytes, tmp_path: Path) -> None:
+    """No JSON is refused, with the path; what is no object says nothing."""
+    folder = written(byte(), tmp_path / "t")
+    (folder / name).write_bytes(content)
+    if content in (b"[1, 2]", b"7"):
+        assert tok.load(folder).eos == 257
+        return
+    with pytest.raises(Refusal, match=name) as raised:
+        tok.load(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_template_file_that_is_no_text(tmp_path: Path) -> None:
+    folder = written(byte(), tmp_path / "t")
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{ x }}")
+    with pytest.raises(Refusal, match="chat_template.jinja"):
+        tok.load(folder)
+
+
+@pytest.mark.parametrize("make", [bpe, byte])
+def test_what_is_written_is_read_again(make: Callable[[], Tokenizer], tmp_path: Path) -> None:
+    """files() through load(), twice: the same tokens, ends, template and ids, and the same files."""
+    tokenizer = Tokenizer(make().backend, {"chat_template": TEMPLATES["system first"], "extra": 1}, [3, 259])
+    again = tok.load(written(tokenizer, tmp_path / "t"))
+    assert again.files() == tokenizer.files()
+    assert tok.load(written(again, tmp_path / "u")).files() == tokenizer.files()
+    names = ("vocab_size", "bos", "eos", "pad", "stop_ids", "template")
+    assert [getattr(again, n) for n in names] == [getattr(tokenizer, n) for n in names]
+    assert again.stop_ids == {3, 259, tokenizer.eos} and again.config["extra"] == 1
+    for text in (chat.render(tokenizer, TALK), CORPUS[:200], "日本 👍\n"):
+        assert again.encode(text) == tokenizer.encode(text)
+    plain = tok.load(written(tok.char([CORPUS], [CORPUS], unknown="unk"), tmp_path / "v"))
+    assert (plain.bos, plain.eos, plain.stop_ids, plain.template) == (None, None, set(), None)
+    assert "generation_config.json" not in plain.files()
+
+
+# ---------------------------------------------------------------- generate.py chat=true
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Tokenizer]:
+    """A model of random weights that says something else to every text; its folder, itself and its tokenizer."""
+    tokenizer = byte()
+    model = made("dense", vocab_size=tokenizer.vocab_size, seed=3)
+    model.save_pretrained(folder := tmp_path_factory.mktemp("talker") / "export", tokenizer)
+    return folder, model, tokenizer
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    """generate.py's config, greedy and short."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = check(compose("generate", overrides=["ckpt=x", "threads=1"]), "generate")
+    assert not changes.keys() - cfg.keys()
+    return cfg | {"ckpt": str(folder), "temperature": 0.0, "max_tokens": 12, "device": "cpu", "chat": True} | changes
+
+
+def answer(talker: tuple[Path, Any, Tokenizer], messages: list[dict[str, str]], n: int = 12) -> str:
+    """What the model says to a conversation, by the parts that generate.py is made of."""
+    _, model, tokenizer = talker
+    prompt = tokenizer.encode(chat.render(tokenizer, messages))
+    return complete(model, tokenizer, [prompt], Sampling(temperature=0), n)[0].text
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+Talker = tuple[Path, Any, Tokenizer]
+
+
+def test_the_answer_alone_is_printed(talker: Talker, capsys: pytest.CaptureFixture[str]) -> None:
+    """Streamed or not, with a system's message or none."""
+    said = answer(talker, [user("Hello")])
+    assert said != answer(talker, [system("Be brief"), user("Hello")]) and said.strip()
+    assert session.run(settings(talker[0], prompt="Hello")) == 0
+    assert capsys.readouterr().out == said + "\n"
+    assert session.run(settings(talker[0], prompt="Hello", system="Be brief")) == 0
+    assert capsys.readouterr().out == answer(talker, [system("Be brief"), user("Hello")]) + "\n"
+    assert session.run(settings(talker[0], prompt="Hello", stream=False)) == 0
+    out = capsys.readouterr().out
+    assert out == f"--- 'Hello' sample 1, 12 tokens, ended by length\n{said}\n\n"
+    assert session.run(settings(talker[0], prompt="Hello", chat=False)) == 0
+    assert capsys.readouterr().out.startswith("Hello")
+
+
+def test_the_script_chats(talker: Talker) -> None:
+    """As a process: a message with quotes and an equals sign; what is refused, in one line with exit code 2."""
+    message = 'Say "a=b", it\'s ${x}'
+    command = [sys.executable, "generate.py", f"ckpt={talker[0]}", "temperature=0", "max_tokens=12"]
+
+    def run(*overrides: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [*command, *overrides],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
+
+    done = run("chat=true", f"prompt={message}", "system=You, there: be [brief]")
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    assert done.stdout.decode() == answer(talker, [system("You, there: be [brief]"), user(message)]) + "\n"
+    done = run("prompt=Hello", "system=Be brief")
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr == b"error: system= is said to a chat: type chat=true as well\n"
+
+
+def test_refused_before_a_question_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer without a chat: at once, also in a session."""
+    tokenizer = tok.char([CORPUS], [CORPUS], unknown="unk")
+    made("dense", vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path / "export", tokenizer)
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    for prompt in ("Hello", None):
+        with pytest.raises(Refusal, match="leave out chat=true"):
+            session.run(settings(tmp_path / "export", prompt=prompt))
+    with pytest.raises(Refusal, match="type chat=true as well"):
+        session.run(settings(tmp_path / "export", prompt="Hello", chat=False, system="x"))
+
+
+def test_a_bad_template_is_refused_by_generate(talker: Talker, tmp_path: Path) -> None:
+    """The template in the folder, also where it is only found out when it is rendered."""
+    for i, template in enumerate(("{{ ''.__class__.__mro__ }}", "{% for %}", "{{ 1 / 0 }}")):
+        folder = tmp_path / str(i)
+        talker[1].save_pretrained(folder, with_template(template))
+        with pytest.raises(Refusal, match="chat template"):
+            session.run(settings(folder, prompt="Hello"))
+
+
+def test_several_messages_and_a_file_of_answers(
+    talker: Talker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each line is a chat of its own after the system's message: no history. As JSONL, or printed without the prompts."""
+    (tmp_path / "prompts.txt").write_text("Hello\nWho are you?\n\nHello again\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello\\nthere"}\n{"prompt": "ü"}\n')
+    lines = ["Hello", "Who are you?", "Hello again"]
+    expected = [answer(talker, [system("Be brief"), user(p)]) for p in lines]
+    assert len(set(expected)) == 3
+    given = {"system": "Be brief", "file": str(tmp_path / "prompts.txt")}
+    assert session.run(settings(talker[0], **given, out=str(tmp_path / "out.jsonl"))) == 0
+    assert capsys.readouterr().out == f"3 samples in {tmp_path}/out.jsonl\n"
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    common = {"choice": 0, "tokens": 12, "finish": "length"}
+    assert rows == [{"prompt": p, "text": t} | common for p, t in zip(lines, expected)]
+    assert session.run(settings(talker[0], **given)) == 0
+    heads = [f"--- {p!r} sample 1, 12 tokens, ended by length\n{t}\n\n" for p, t in zip(lines, expected)]
+    assert capsys.readouterr().out == "".join(heads)
+    given = {"file": str(tmp_path / "prompts.jsonl"), "out": str(tmp_path / "out.jsonl"), "n": 2, "batch_size": 3}
+    assert session.run(settings(talker[0], **given)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = [answer(talker, [user(p)]) for p in ("Hello\nthere", "ü")]
+    assert [(r["prompt"], r["choice"], r["text"]) for r in rows] == [
+        (p, c, t) for p, t in zip(("Hello\nthere", "ü"), texts) for c in (0, 1)
+    ]
+
+
+def says(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, *texts: str) -> None:
+    """Let the model's draws be the ids of these texts, one after another, and dots for ever."""
+    given = [i for t in texts for i in tokenizer.encode(t)]
+    ids = itertools.chain(given, itertools.repeat(tokenizer.encode(".")[0]))
+    monkeypatch.setattr(generate, "draw", lambda logits, *a: torch.tensor([next(ids)] * len(logits)))
+
+
+def test_the_end_of_a_turn_ends_the_answer(
+    talker: Talker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that ends its turn as the template ends every turn (ChatML: the end token) has finished."""
+    says(monkeypatch, talker[2], f"Paris.{IM_END}\n{IM_START}user\nmore")
+    assert session.run(settings(talker[0], prompt="Hello", max_tokens=30)) == 0
+    assert capsys.readouterr().out == "Paris.\n"
+
+
+def test_other_ends_are_in_the_folder(
+    talker: Talker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """generation_config.json names a token; stop= a text."""
+    ending = Tokenizer(talker[2].backend, {"chat_template": chat.CHATML}, [talker[2].encode("Z")[0]])
+    talker[1].save_pretrained(tmp_path / "export", ending)
+    says(monkeypatch, ending, "Paris.Zmore and more")
+    assert session.run(settings(tmp_path / "export", prompt="Hello", max_tokens=15)) == 0
+    assert capsys.readouterr().out == "Paris.\n"
+    says(monkeypatch, ending, "Paris. User: what")
+    assert session.run(settings(tmp_path / "export", prompt="Hello", max_tokens=15, stop=["User:"])) == 0
+    assert capsys.readouterr().out == "Paris. \n"
+
+
+# ---------------------------------------------------------------- a session
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """`typed(*lines)`: what is typed at a terminal; -> the conversations that are rendered from then on."""
+
+    def type_in(*lines: Any) -> list[Any]:
+        waiting: Iterator[Any] = iter(lines)
+        rendered: list[Any] = []
+        render = chat.render
+
+        def read(prompt: str) -> str:
+            line = next(waiting)
+            if isinstance(line, type):
+                raise line
+            return line
+
+        def spy(tokenizer: Tokenizer, messages: list[Any], reply: bool = True) -> str:
+            if reply:  # else it is not a question
+                rendered.append([dict(m) for m in messages])
+            return render(tokenizer, messages, reply)
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(chat, "render", spy)
+        return rendered
+
+    return type_in
+
+
+def test_a_session_keeps_the_conversation(
+    talker: Talker, typed: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every message comes after all that was said, the system's first; answers are those of the whole conversation."""
+    first = [system("Be brief"), user("Hello")]
+    one = answer(talker, first)
+    second = [*first, {"role": "assistant", "content": one}, user("And then?")]
+    two = answer(talker, second)
+    assert two != answer(talker, [system("Be brief"), user("And then?")])
+    third = [*second, {"role": "assistant", "content": two}, user("Bye")]
+    rendered = typed("Hello", "And then?", "Bye", "")
+    assert session.run(settings(talker[0], system="Be brief")) == 0
+    assert rendered == [first, second, third]
+    assert capsys.readouterr().out == f"{one}\n{two}\n{answer(talker, third)}\n"
+
+
+def test_a_session_without_chat_has_no_history(
+    talker: Talker, typed: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rendered = typed("Hello", "Hello", EOFError)
+    assert session.run(settings(talker[0], chat=False)) == 0
+    assert rendered == []
+    lines = capsys.readouterr().out
+    half = lines[: (len(lines) - 1) // 2]
+    assert half.startswith("Hello") and lines == half * 2 + "\n"
+
+
+def test_what_was_stopped_or_refused_is_not_said(
+    talker: Talker, typed: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C in an answer and a message that is refused leave the conversation as it was; it goes on."""
+    stream, calls = session.Speaker.stream, []
+
+    def stopped(self: session.Speaker, prompt: str) -> str:
+        calls.append(prompt)
+        if prompt == "stop":
+            raise KeyboardInterrupt
+        if prompt == "refuse":
+            raise Refusal("no")
+        return stream(self, prompt)
+
+    monkeypatch.setattr(session.Speaker, "stream", stopped)
+    rendered = typed("stop", "refuse", "Hello", "stop", "And?", KeyboardInterrupt)
+    assert session.run(settings(talker[0])) == 0
+    one = answer(talker, [user("Hello")])
+    assert rendered[:2] == [[user("Hello")], [user("Hello"), {"role": "assistant", "content": one}, user("And?")]]
+    assert calls == ["stop", "refuse", "Hello", "stop", "And?"]
+    assert "error: no\n" in capsys.readouterr().err
+
+
+def test_a_session_at_a_terminal(talker: Talker) -> None:
+    """A process whose standard input is a terminal: two messages and an empty line."""
+    one = answer(talker, [user("Hello")], 6)
+    two = answer(talker, [user("Hello"), {"role": "assistant", "content": one}, user("And then?")], 6)
+    master, slave = pty.openpty()
+    command = [sys.executable, "generate.py", f"ckpt={talker[0]}", "chat=true", "temperature=0", "max_tokens=6"]
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    os.close(slave)
+    os.write(master, b"Hello\nAnd then?\n\n")
+    out, err = child.communicate(timeout=120)
+    os.close(master)
+    assert child.returncode == 0, err
+    assert out.decode() == f"> {one}\n> {two}\n> "
+    assert err.decode() == "Type a message and press return; an empty line or Ctrl-D ends.\n"
