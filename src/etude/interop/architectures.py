@@ -175,7 +175,7 @@ def rope_node(c: Config, layout: str = "half", theta: float = 10000.0) -> Node:
     partial = given.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise Refusal(f"config.json: partial_rotary_factor={partial} is not supported for {c['model_type']}")
-    base = given.get("rope_theta") or c.get("rope_theta") or theta
+    base = next((t for t in (given.get("rope_theta"), c.get("rope_theta")) if t is not None), theta)
     node: Node = {"theta": float(base), "dim": None, "layout": layout}
     at = "etude.model.rope."
     if kind == "default":

@@ -30,8 +30,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-# What a file may hold beside the parameters: tables that are computed, and the prediction of further tokens.
 EXACT = ".ffn.bias"  # a router's bias keeps its type: which experts are chosen hangs on it
+# Tables that a file may hold beside the parameters, and that are computed.
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias")
 
 
@@ -114,6 +114,7 @@ def to_export(config: Config, stored: Any, files: dict[str, str], writer: "Write
             f"the weights have no {missing[0]}, which this {arch.model_type} needs ({len(missing)} are missing)"
         )
     further = config.get("num_nextn_predict_layers", 1) if arch.model_type == "deepseek_v3" else 0
+    further = further if isinstance(further, int) else 0
     left = [n for n in sorted(names - wanted) if not _may_be_left(n, node, further)]
     if left:
         raise Refusal(
@@ -230,6 +231,8 @@ class Writer:
         if self.signals.name is not None:
             raise Interrupted(f"{self.signals.name}: nothing was written")
         tensor = tensor.to((cast and self.dtype) or tensor.dtype).contiguous()
+        if self.dtype is torch.float16 and not tensor.isfinite().all():
+            raise Refusal(f"{name} has numbers beyond fp16's 65504; use dtype=bf16 or fp32")
         if self.shard and self.held + tensor.nbytes > self.size:
             self._flush()
         self.held += tensor.nbytes

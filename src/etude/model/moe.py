@@ -245,8 +245,9 @@ class Layout(NamedTuple):
 def layout(chosen: Tensor, n_experts: int, size: int) -> Layout:
     """Of chosen (N, K), with `size` experts a group; those that no token visits are left out.
 
-    Blocks are filled up to one of sixteen lengths an octave. Not for the products' sake: on CPU the bf16 library compiles
-    a product for every new shape, which takes longer than to compute it, so there must be few."""
+    Blocks are filled up to a power of two, or from 32 on to one of at most sixteen lengths an octave. Not for the
+    products' sake: on CPU the bf16 library compiles a product for every new shape, which takes longer than to compute
+    it, so there must be few."""
     flat = chosen.flatten()
     count = torch.bincount(flat, minlength=n_experts)
     counts = count.tolist()
@@ -254,8 +255,9 @@ def layout(chosen: Tensor, n_experts: int, size: int) -> Layout:
     groups, starts, total = [], [0] * n_experts, 0
     for i in range(0, len(by_load), size):
         experts = by_load[i : i + size]
-        step = max(32, 1 << max(counts[experts[0]].bit_length() - 5, 0))
-        rows = -(-counts[experts[0]] // step) * step
+        most = counts[experts[0]]
+        step = 1 << max(5, most.bit_length() - 5)
+        rows = -(-most // step) * step if most > 32 else 1 << (most - 1).bit_length()
         for e in experts:
             starts[e] = total
             total += rows
