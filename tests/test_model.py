@@ -695,3 +695,33 @@ def test_norms_against_their_formulas() -> None:
     torch.testing.assert_close(bare(x), centred * bare.weight)
     half = rms(x.bfloat16())
     assert half.dtype == torch.bfloat16 and torch.equal(half, rms(x.bfloat16().float()).bfloat16())
+
+
+# Vocabulary and parameters as published; DeepSeek-V3 without its layer for further tokens.
+PUBLISHED = {
+    "gpt2/small": (50257, 124_439_808), "gpt2/medium": (50257, 354_823_168), "gpt2/large": (50257, 774_030_080),
+    "gpt2/xl": (50257, 1_557_611_200), "llama/7b": (32000, 6_738_415_616), "llama/13b": (32000, 13_015_864_320),
+    "llama/1b": (128256, 1_235_814_400), "llama/3b": (128256, 3_212_749_824), "llama/8b": (128256, 8_030_261_248),
+    "llama/70b": (128256, 70_553_706_496), "llama/smollm2_135m": (49152, 134_515_008),
+    "llama/smollm2_360m": (49152, 361_821_120), "llama/smollm2_1.7b": (49152, 1_711_376_384),
+    "qwen3/0.6b": (151936, 596_049_920), "qwen3/1.7b": (151936, 1_720_574_976), "qwen3/4b": (151936, 4_022_468_096),
+    "qwen3/8b": (151936, 8_190_735_360), "qwen3/14b": (151936, 14_768_307_200), "qwen3/32b": (151936, 32_762_123_264),
+    "qwen3_moe/30b_a3b": (151936, 30_532_122_624), "qwen3_moe/235b_a22b": (151936, 235_093_634_560),
+    "mixtral/8x7b": (32000, 46_702_792_704), "mixtral/8x22b": (32768, 140_630_071_296),
+    "deepseek_v2/lite": (102400, 15_706_484_224), "deepseek_v2/236b": (102400, 235_741_434_880),
+    "deepseek_v3/671b": (129280, 671_026_419_200),
+}  # fmt: skip
+
+
+def test_every_published_size_is_held_against_its_count() -> None:
+    folders = [p for p in (CONF / "model").iterdir() if p.with_suffix(".yaml").exists() and p.is_dir()]
+    assert {f"{f.name}/{p.stem}" for f in folders for p in f.glob("*.yaml")} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes_have_the_published_number_of_parameters(size: str) -> None:
+    vocab_size, expected = PUBLISHED[size]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = check(compose("train", overrides=[f"model={size}"]), "train")["model"]
+    with torch.device("meta"):
+        assert build(node, vocab_size).n_params() == expected

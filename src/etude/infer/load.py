@@ -11,14 +11,12 @@ from etude import checkpoint
 from etude.model import weights
 from etude.text import tokenizer as tok
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def load(path: str, device: str, dtype: str, trusted: list[str]) -> tuple[nn.Module, tok.Tokenizer]:
     """-> (model in evaluation mode, tokenizer) of a run, checkpoint or export. Targets outside `trusted` are refused
     before anything is imported."""
     folder = checkpoint.find(path)
-    model = weights.from_pretrained(folder, device, DTYPES[dtype], trusted)
+    model = weights.from_pretrained(folder, device, weights.DTYPES[dtype], trusted)
     return fuse(model), tok.load(folder)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from etude.config import check_relations, check_targets, show
 from etude.errors import Refusal
+from etude.model import parts
 
 Node = dict[str, Any]
 Config = dict[str, Any]
@@ -687,9 +688,9 @@ def _canonical_ffn(f: Node, dim: int) -> None:
     if kind == "MLP":
         f["hidden"] = f["hidden"] or 4 * dim
     elif kind == "GatedMLP":
-        f["hidden"] = f["hidden"] or -(-8 * dim // 3 // 32) * 32
+        f["hidden"] = f["hidden"] or parts.gated_hidden(dim)
     elif kind == "MoE":
-        f["hidden"] = f["hidden"] or -(-8 * dim // (3 * (f["top_k"] + f["n_shared"])) // 32) * 32
+        f["hidden"] = f["hidden"] or parts.gated_hidden(dim, f["top_k"] + f["n_shared"])
         f |= {"aux_loss": 0.0, "z_loss": 0.0, "compute": "auto"}
         f["bias_rate"] = None if f["bias_rate"] is None else 0.001
         if f["n_groups"] is None or f["n_groups"] == f["top_groups"]:
@@ -711,8 +712,8 @@ def write(node: Node, prefer: str | None = None) -> tuple[Architecture, Config]:
     Refusal that names the settings which no architecture has."""
     wanted = canonical(node)
     ffn = _class(node["ffn"]["sparse"]) if _class(node["ffn"]) == "interleave" else _class(node["ffn"])
-    parts = (_class(node["attn"]), ffn, _class(node["norm"]))
-    fits = [a for a in ARCHITECTURES.values() if a.parts == parts]
+    classes = (_class(node["attn"]), ffn, _class(node["norm"]))
+    fits = [a for a in ARCHITECTURES.values() if a.parts == classes]
     fits.sort(key=lambda a: a.model_type != prefer)
     closest: list[str] | None = None
     name = ""
@@ -730,7 +731,7 @@ def write(node: Node, prefer: str | None = None) -> tuple[Architecture, Config]:
             closest, name = found, arch.model_type
     if closest is None:
         raise Refusal(
-            f"no Hugging Face architecture here has the parts {', '.join(parts)} together; there is: {', '.join(ARCHITECTURES)}"
+            f"no Hugging Face architecture here has the parts {', '.join(classes)} together; there is: {', '.join(ARCHITECTURES)}"
         )
     raise Refusal(f"the nearest Hugging Face architecture, {name}, does not have {', '.join(closest)}")
 

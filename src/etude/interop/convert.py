@@ -22,7 +22,6 @@ from etude.model import weights
 from etude.parallel import StopSignals
 from etude.text import tokenizer as tok
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,7 +50,7 @@ def run(cfg: dict) -> int:
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
         with StopSignals() as signals:
-            writer = Writer(making, int(cfg["shard_gb"] * 2**30), DTYPES.get(cfg["dtype"]), signals)
+            writer = Writer(making, int(cfg["shard_gb"] * 2**30), weights.DTYPES.get(cfg["dtype"]), signals)
             said = _convert(source, writer, cfg["trusted"])
         to.mkdir(exist_ok=True)  # an empty one stays the folder that somebody may stand in
         for path in making.iterdir():
@@ -173,13 +172,9 @@ def _may_be_left(name: str, node: Node, further: int) -> bool:
     return m is not None and node["n_layers"] <= int(m[1]) < node["n_layers"] + further
 
 
-def _meta(node: Node, vocab_size: int) -> Any:
-    with torch.device("meta"):
-        return build(node, vocab_size)
-
-
 def _shapes(node: Node, vocab_size: int) -> dict[str, torch.Size]:
-    return {n: p.shape for n, p in _meta(node, vocab_size).named_parameters()}
+    with torch.device("meta"):
+        return {n: p.shape for n, p in build(node, vocab_size).named_parameters()}
 
 
 def _entries(arch: Architecture, node: Node, vocab_size: int) -> Iterator[Entry]:

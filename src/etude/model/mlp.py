@@ -63,7 +63,7 @@ class GatedMLP(nn.Module):
     ):
         super().__init__()
         self.check(hidden, dropout)
-        hidden = hidden or -(-8 * dim // 3 // 32) * 32
+        hidden = hidden or parts.gated_hidden(dim)
         self.act, self.dropout = parts.ACTIVATIONS[activation], dropout
         self.gate = nn.Linear(dim, hidden, bias=bias)
         self.up = nn.Linear(dim, hidden, bias=bias)

@@ -59,7 +59,7 @@ class MoE(nn.Module):
     ):
         super().__init__()
         self.check(n_experts, top_k, n_shared, hidden, n_groups, top_groups, group_top, dropout)
-        hidden = hidden or -(-8 * dim // (3 * (top_k + n_shared)) // 32) * 32
+        hidden = hidden or parts.gated_hidden(dim, top_k + n_shared)
         self.n_experts, self.top_k, self.hidden = n_experts, top_k, hidden
         self.act, self.score = parts.ACTIVATIONS[activation], SCORES[score]
         self.n_groups, self.top_groups, self.group_top = n_groups, top_groups, group_top

@@ -84,6 +84,12 @@ class Aux(NamedTuple):
         }
 
 
+def gated_hidden(dim: int, ways: int = 1) -> int:
+    """Channels of a gated MLP that, `ways` of them together, has as many parameters as a plain one of width 4 dim: 8/3 dim /
+    ways, rounded up to a multiple of 32."""
+    return -(-8 * dim // (3 * ways) // 32) * 32
+
+
 def at_layer(setting: Any, layer: int) -> Any:
     """A setting that a list varies over the layers: the list is repeated."""
     return setting[layer % len(setting)] if isinstance(setting, list) else setting

@@ -17,6 +17,7 @@ from etude.errors import Refusal, StorageFault
 
 SINGLE, INDEX = "{}.safetensors", "{}.safetensors.index.json"
 FORMAT = 2  # of config.json
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def inside(folder: Path, name: Any) -> Path:
