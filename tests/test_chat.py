@@ -600,3 +600,174 @@ def test_a_session_at_a_terminal(talker: Talker) -> None:
     assert child.returncode == 0, err
     assert out.decode() == f"> {one}\n> {two}\n> "
     assert err.decode() == "Type a message and press return; an empty line or Ctrl-D ends.\n"
+
+
+# ---------------------------------------------------------------- what the assistant said
+
+
+def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:
+    """A conversation of these contents, the user's and the assistant's in turn."""
+    roles = itertools.cycle(["user", "assistant"] if first == "user" else ["assistant", "user"])
+    return [{"role": r, "content": c} for r, c in zip(roles, contents)]
+
+
+def heard(tokenizer: Tokenizer, messages: list[dict[str, str]], last_only: bool = False, first: int = 0) -> list[str]:
+    """The texts of the ranges, of a text that is the rendered one."""
+    text, ranges = chat.spans(tokenizer, messages, last_only, first)
+    assert text == chat.render(tokenizer, messages, reply=False)
+    assert ranges == sorted(ranges) and all(0 <= a < b <= len(text) for a, b in ranges)
+    return [text[a:b] for a, b in ranges]
+
+
+GENERATING = (
+    "{% for m in messages %}{{ '" + IM_START + "' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '" + IM_END + "' }}{% endgeneration %}{% else %}{{ m['content'] + '" + IM_END + "' }}"
+    "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '" + IM_START + "assistant\\n' }}{% endif %}"
+)  # fmt: skip
+TALKS = [
+    turns("Hello", "Hi"),
+    turns("Hello", "Hi\n\n ", "  And?", "\n1 < 2 \t", "", "日本 👍"),
+    [*TALK[:1], *turns("a", "a", "a", "a")],
+    [{"role": "assistant", "content": "Hi"}, {"role": "assistant", "content": "Hi"}, *turns("x")],
+    turns(f"{IM_END}\n{IM_START}assistant\nI", f"He said {IM_END}", "x", f"{IM_END}\n"),
+    turns("one", "two", "three"),
+    GREETING,
+]
+
+
+@pytest.mark.parametrize("messages", TALKS, ids=lambda m: m[-1]["content"][:9])
+def test_three_ways_to_what_was_said_agree(messages: list[dict[str, str]]) -> None:
+    """On ChatML: marks in the template, texts that grow, and marks instead of the contents; every content with the token
+    that ends its turn and without the line's end behind that."""
+    plain, marked = byte(), with_template(GENERATING)
+    text = chat.render(plain, messages, reply=False)
+    assert text == chat.render(marked, messages, reply=False)
+    said = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    expected = [messages[i]["content"] + IM_END for i in said]
+    assert heard(plain, messages) == heard(marked, messages) == expected
+    ranges = chat.spans(plain, messages, last_only=False)[1]
+    assert chat.spans(marked, messages, last_only=False) == (text, ranges)
+    if said:
+        assert chat._marked(marked, messages, text, said) == ranges
+    assert [chat._grown(plain, messages, i, text) for i in said] == ranges
+    assert list(chat._kept(plain, messages, said, text).values()) == ranges
+    for tokenizer in (plain, marked):
+        assert heard(tokenizer, messages, last_only=True) == expected[-1:]
+        for first in range(len(messages) + 1):
+            rest = [e for i, e in zip(said, expected) if i >= first]
+            assert heard(tokenizer, messages, first=first) == rest
+            assert heard(tokenizer, messages, last_only=True, first=first) == rest[-1:]
+
+
+LLAMA2 = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'].strip() + ' [/INST]' }}
+{%- else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
+# As Qwen3's: a thought stands in turns behind the last question alone, where there is an empty one at least.
+THINKING = """{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{% for m in messages %}{% set parts = m['content'].split('</think>') %}{{ '<|im▁start|>' + m['role'] + '\\n' }}
+{%- if m['role'] == 'assistant' and loop.index0 > ns.last %}{{ '<think>\\n' + (parts[0].split('<think>')[-1].strip('\\n') if parts | length > 1 else '') + '\\n</think>\\n\\n' }}{% endif %}
+{{- parts[-1].lstrip('\\n') + '<|im▁end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im▁start|>assistant\\n' }}{% endif %}"""
+# As DeepSeek-R1's: asked for an answer, it begins with a thought that is never shown afterwards.
+OPENED = """{% for m in messages %}{% if m['role'] == 'user' %}U{{ m['content'] }}{% else %}A{{ m['content'].split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ 'A<think>\\n' }}{% endif %}"""
+# As Phi-3's: an end of text behind the last turn alone.
+CLOSED = """{% for m in messages %}{{ m['role'] + '\\n' + m['content'] + '<|im▁end|>' + '\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant\\n' }}{% else %}{{ eos_token }}{% endif %}"""
+# As GLM-4's: the next turn's first token is the only end.
+ENDLESS = """{% for m in messages %}{{ '<|im▁start|>' + m['role'] + '\\n' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<|im▁start|>assistant\\n' }}{% endif %}"""
+THOUGHT = turns("q", "<think>\nhm\n</think>\n\nfirst", "r", "<think>\noh\n</think>\n\nsecond")
+
+SAID = [
+    ("stripped", LLAMA2, turns(" q ", " first\n", "r", "\tsecond "), [f" first {EOS}", f" second {EOS}"]),
+    ("stripped by a filter", chat.CHATML.replace("['content']", "['content'] | trim"), turns("q", "\n a ", "r", "b\n"), [f"a{IM_END}", f"b{IM_END}"]),
+    ("a thought", THINKING, THOUGHT, [f"first{IM_END}", f"<think>\noh\n</think>\n\nsecond{IM_END}"]),
+    ("an empty thought", THINKING, turns("q", "first", "r", "second"), [f"first{IM_END}", f"<think>\n\n</think>\n\nsecond{IM_END}"]),
+    ("an opened thought", OPENED, THOUGHT, [f"\n\nfirst{EOS}", f"\n\nsecond{EOS}"]),
+    ("the text's end", CLOSED, turns("q", "first", "r", "second\n"), [f"first{IM_END}", f"second\n{IM_END}"]),
+    ("no end", ENDLESS, turns("q", "first\n", "r", "second \n"), ["first\n", "second \n"]),
+    ("no end, no beginning", "{% for m in messages %}{{ m['content'] }}\n{% endfor %}", turns("q", "a\n", "r", "b"), ["a\n", "b"]),
+    ("never asked", "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}", turns("q", "a", "r", "b"), ["assistant: a", "assistant: b"]),
+    ("an end in words", "{% for m in messages %}{{ m['content'] + '###\\n' }}{% endfor %}", turns("q", "a", "r", "b"), ["a", "b"]),
+    ("several marks", GENERATING.replace("{{ m['content']", "{{ 'one' }}{% endgeneration %}--{% generation %}{{ m['content']", 1), turns("q", "a", "r", "b"), ["one", f"a{IM_END}", "one", f"b{IM_END}"]),
+    ("marks with white space", GENERATING.replace(f"'{IM_END}' }}}}{{% endg", f"'{IM_END}\\n' }}}}{{% endg", 1), turns("q", "a"), [f"a{IM_END}\n"]),
+    ("marks of the content", GENERATING.replace(f"m['content'] + '{IM_END}' }}}}{{% endgeneration %}}", "m['content'] }}{% endgeneration %}x", 1), turns("q", "a"), ["a"]),
+    ("marks in a filter", "{% for m in messages %}{% filter trim %}{% generation %} {{ m['content'] }} {% endgeneration %}{% endfilter %};{% endfor %}", turns("q", "a", "r", "b"), ["a", "b"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template,messages,expected", [s[1:] for s in SAID], ids=[s[0] for s in SAID])
+def test_what_templates_make_of_what_was_said(
+    template: str, messages: list[dict[str, str]], expected: list[str]
+) -> None:
+    """White space taken off, thoughts left out or added, one end or none: what is left, with its end."""
+    tokenizer = with_template(template)
+    assert heard(tokenizer, messages) == expected
+    turn = len(expected) // (len(messages) // 2)
+    assert heard(tokenizer, messages, last_only=True) == expected[-turn:]
+    assert heard(tokenizer, messages, first=2) == expected[turn:]
+
+
+def test_a_system_that_a_template_refuses() -> None:
+    """Its own words, and not a guess; without one the turns are found."""
+    tokenizer = with_template("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + chat.CHATML)  # fmt: skip
+    with pytest.raises(Refusal, match="^the chat template refuses: System role not supported$"):
+        chat.spans(tokenizer, [system("x"), *turns("q", "a")], last_only=False)
+    assert heard(tokenizer, turns("q", "a")) == [f"a{IM_END}"]
+
+
+@pytest.mark.parametrize("content", ["{{ m['content'] | upper }}{{ messages | length }}", "{{ m['content'] | tojson }}", "{{ m['content'][:1] }}"])  # fmt: skip
+def test_what_cannot_be_found_is_refused(content: str) -> None:
+    """A template that changes what was said, in earlier turns too: one line with what to do, and never a wrong range."""
+    tokenizer = with_template(
+        "{% for m in messages %}{{ messages | length }}{{ m['role'] }}" + content + "{% endfor %}"
+    )
+    with pytest.raises(Refusal, match="does not show what the assistant said: put {% generation %}") as raised:
+        chat.spans(tokenizer, turns('a "quote"\n', 'an "answer"\n', "b", "c"), last_only=False)
+    assert "\n" not in str(raised.value)
+
+
+def test_marks_that_a_message_has_too() -> None:
+    """The private characters of the marks are text like any other where somebody wrote them."""
+    open, close = chat.OPEN, chat.CLOSE
+    for tokenizer in (byte(), with_template(GENERATING), with_template(THINKING)):
+        messages = turns(f"{open}1{close}", f"{close}x{open}3{close}", "y", f"z{open}{close}")
+        ends = [s[-len(f"x{open}3{close}{IM_END}") :] for s in heard(tokenizer, messages)[:1]]
+        assert ends == [f"x{open}3{close}{IM_END}"]
+        assert heard(tokenizer, messages, last_only=True)[0].endswith(f"z{open}{close}{IM_END}")
+
+
+def test_names_in_a_generation_block_stay_in_it(tmp_path: Path) -> None:
+    """As for transformers, with marks or without."""
+    import transformers
+
+    template = "{% set x = 'out' %}{% for m in messages %}{% generation %}{% set x = m['content'] %}{{ x }}{% endgeneration %}{{ x }}{% endfor %}"  # fmt: skip
+    tokenizer = with_template(template)
+    theirs = transformers.AutoTokenizer.from_pretrained(written(tokenizer, tmp_path / "t"))
+    assert chat.render(tokenizer, TALK) == theirs.apply_chat_template(TALK, tokenize=False)
+    assert heard(tokenizer, turns("q", "a")) == ["q", "a"]
+
+
+def test_long_conversations_are_found_alike() -> None:
+    """Beyond the number of turns that are rendered one by one."""
+    messages = turns(*(f"turn {i}" for i in range(6 * chat.GROWN)))
+    expected = [m["content"] + IM_END for m in messages[1::2]]
+    assert heard(byte(), messages) == expected == heard(with_template(GENERATING), messages)
+
+
+def test_the_end_of_a_turn_is_what_is_trained() -> None:
+    """The token that stops generate.py is the last of what the assistant said, behind white space too."""
+    for template, end in ((chat.CHATML, IM_END), (LLAMA2, EOS), (CLOSED, IM_END), (OPENED, EOS)):
+        tokenizer = with_template(template)
+        assert chat.end_of_turn(tokenizer) == {tokenizer.backend.token_to_id(end)}
+        assert all(s.endswith(end) for s in heard(tokenizer, turns("q", "a", "r", "b")))
+    assert chat.end_of_turn(with_template(ENDLESS)) == chat.end_of_turn(with_template("{{ 1 / 0 }}")) == set()
+
+
+def test_a_template_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set of chats renders one template a million times."""
+    compiled = []
+    environment = chat._environment
+    monkeypatch.setattr(chat, "_environment", lambda marked: compiled.append(marked) or environment(marked))
+    tokenizer = with_template(chat.CHATML + "{# for this test #}")
+    for i in range(20):
+        chat.spans(tokenizer, turns(f"q{i}", f"a{i}"), last_only=False)
+    assert compiled == [False]

@@ -39,6 +39,8 @@ FLOORS = {
     "etude.analysis": 4,
     "etude.bench": 4,
     "etude.training": 4,
+    "etude.preparing": 4,
+    "etude.preview": 4,
     "etude.serve": 4,
 }
 
@@ -135,11 +137,15 @@ def test_checks_and_data_do_not_import_torch() -> None:
         "errors",
         "text.tokenizer",
         "data.text",
+        "data.rows",
+        "data.stored",
+        "data.mixture",
         "data.order",
         "schedule",
         "parallel",
         "run",
         "training",
+        "preparing",
     ]
     code = "import sys\n" + "".join(
         f"import etude.{name}\nassert 'torch' not in sys.modules, 'etude.{name} imports torch'\n" for name in light

@@ -1,3 +1,3 @@
 """Étude: an experiment repository for language models."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

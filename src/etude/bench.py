@@ -58,7 +58,7 @@ def rival(overrides: str) -> dict:
 
 def measure(cfg: dict, session: Any, against: Any) -> dict[str, Any]:
     """All figures of one command: each round times us, the other side and the other program in turn."""
-    tokens = cfg["batch_size"] * session.data.seq_len
+    tokens = round(cfg["batch_size"] * session.batches.tokens_per_sample)
     result: dict[str, Any] = {
         "model": cfg["tag"] or cfg["model"]["_target_"].rpartition(".")[2],
         "parameters": session.model.n_params(),
@@ -94,7 +94,7 @@ def measure(cfg: dict, session: Any, against: Any) -> dict[str, Any]:
         result["against_active_parameters"] = against.model.n_active()
         pairs: list[tuple[str, list[float]]] = []
         if training:
-            size = against.cfg["batch_size"] * against.data.seq_len
+            size = round(against.cfg["batch_size"] * against.batches.tokens_per_sample)
             result["against_tokens_per_s"] = summary(rounds[1], size, against)["tokens_per_s"]
             pairs.append(("against_ratio", [size_ratio(tokens, a, size, b) for a, b in zip(*rounds)]))
         if decoding:
@@ -126,7 +126,7 @@ class Training:
 
     def round(self, steps: int) -> dict[str, float]:
         """Median seconds a step of each part over `steps` steps."""
-        from etude.loop import gradients
+        from etude.loop import collect, gradients
 
         s, weigh = self.session, self.session.strategy.weight
         times: list[dict[str, float]] = []
@@ -134,9 +134,11 @@ class Training:
             clock = Clock(s.device)
             batches = next(self.stream)
             clock.lap("data")
+            batches = collect(s.model, s.strategy, batches, s.cfg["seed"], 0, 0)
+            clock.lap("collect")
             gradients(
                 s.model,
-                None,
+                s.ref,
                 s.strategy,
                 batches,
                 float(sum(map(weigh, batches))),
@@ -192,7 +194,7 @@ def decode_rate(session: Any, new: int, batch: int, use_cache: bool = True) -> f
     model: Any = fuse(copy.deepcopy(session.model)).eval()
     limit = model.position_limit
     new = min(new, limit - 16) if limit else new
-    prompt = [int(i) for i in session.batches.train.ids[:16]]
+    prompt = session.prepared[0].ids("train").read(0, 16).tolist()
 
     def go(count: int) -> float:
         rows = [Row(list(prompt)) for _ in range(batch)]

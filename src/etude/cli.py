@@ -29,6 +29,8 @@ TEXT_KEYS = (
     "compare_pattern",
     "data.path",
     "tokenizer.path",
+    "separator",
+    "data.separator",
     "runs_dir",
     "cache_dir",
 )
@@ -109,7 +111,8 @@ def flags_first(arguments: list[str]) -> list[str]:
 def quote(argument: str) -> str:
     """`key=value` with a free-text key, quoted as Hydra's grammar wants it; anything else as it is."""
     key, eq, value = argument.partition("=")
-    if not eq or key.lstrip("+") not in TEXT_KEYS or value in ("null", "???"):
+    named = key.lstrip("+") in TEXT_KEYS or re.fullmatch(r"data\.sources\.[\w.]+\.path", key)
+    if not eq or not named or value in ("null", "???"):
         return argument
     if re.fullmatch(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""", value, re.DOTALL):
         return argument  # quoted already
@@ -180,5 +183,5 @@ def _unknown_key(key: str, script: str) -> str:
         choices = [p for folder in folders() for p in sorted((folder / "/".join(path)).glob("*.yaml"))]
         others = [p.stem for p in choices if re.search(rf"^{re.escape(parts[0])}:", p.read_text(), re.M)]
         if others:
-            line += f" ({parts[0]} belongs to {' and '.join('/'.join(path) + '=' + o for o in others)})"
+            line += f" ({parts[0]} belongs to {'/'.join(path)}={', '.join(others)})"
     return line

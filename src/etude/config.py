@@ -48,11 +48,12 @@ class Train:
     eval_batch_size: int | None
     histogram_every: int | None
     sample_every: int | None
-    sample_prompts: list[str]
+    sample_prompts: list[str] | None
     sample_tokens: int
     early_stopping: int | None
     save_every: int | None
     keep: int
+    dry_run: bool
     resume: str | None
     runs_dir: str
     cache_dir: str
@@ -123,7 +124,33 @@ class Convert:
     trusted: list[str]
 
 
-SCRIPTS: dict[str, type] = {"train": Train, "generate": Generate, "bench": Bench, "convert": Convert}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """The root keys of prepare.py beside the tokenizer; conf/prepare.yaml says what each does."""
+
+    from_: str
+    to: str
+    kind: Literal["text", "chats", "pairs", "prompts"]
+    format: str
+    rename: dict[str, str]
+    separator: str | None
+    train_on: Literal["assistant", "completion", "all"]
+    on_error: Literal["raise", "skip"]
+    duplicates: Literal["keep", "drop"]
+    split: Literal["hash", "position"]
+    val_fraction: float
+    processes: int | None
+    progress: Literal["auto", "bar", "lines", "none"]
+    trusted: list[str]
+
+
+SCRIPTS: dict[str, type] = {
+    "train": Train,
+    "generate": Generate,
+    "bench": Bench,
+    "convert": Convert,
+    "prepare": Prepare,
+}
 
 
 def nodes(cfg: Any, path: str = "") -> Iterator[tuple[str, dict]]:
@@ -211,19 +238,19 @@ def check(cfg: Any, script: str) -> dict:
         hint = {
             "ckpt": "runs/<run>, a checkpoint folder or an export",
             "data.path": "a file, a folder or a glob",
-            "from": "a Hugging Face folder, a .gguf file or runs/<run>",
-            "to": "a new folder",
+            "from": "files" if script == "prepare" else "a Hugging Face folder, a .gguf file or runs/<run>",
+            "to": "a new .h5 file" if script == "prepare" else "a new folder",
         }
         raise Refusal("; ".join(f"{key} is missing: type {key}=<{hint.get(key, 'value')}>" for key in missing))
     assert isinstance(plain, dict)
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(SCRIPTS[script])}
-    names = groups()
+    names = groups() if issubclass(SCRIPTS[script], Train) else ["tokenizer"] if script == "prepare" else []
     for key, value in ((str(k), v) for k, v in plain.items()):
         if key in fields:
             annotation = _annotation(fields[key].type)
             if not fits(value, annotation):
                 raise Refusal(f"{key}={show(value)} should be {wanted(annotation)}")
-        elif key not in names or not issubclass(SCRIPTS[script], Train):
+        elif key not in names:
             raise Refusal(f"unknown key {key}{did_you_mean(key, [*fields, *names])}")
     for name in fields.keys() - plain.keys():
         raise Refusal(f"missing {name}: conf/{script}.yaml does not set it")
@@ -348,7 +375,10 @@ def check_all() -> list[str]:
     needs = {
         "generate": ["ckpt=x"],
         "convert": ["from=x", "to=y"],
+        "prepare": ["from=x", "to=y"],
         "data=text": ["data.path=x"],
+        "data=h5": ["data.path=x"],
+        "data=bin": ["data.path=x"],
         "tokenizer=file": ["tokenizer.path=x"],
     }
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -53,7 +53,7 @@ def horizon(settings: dict, batches: Batches) -> int | None:
     if settings["max_epochs"] is not None:
         limits.append(math.ceil(settings["max_epochs"] * batches.epoch_samples / size))
     if settings["max_tokens"] is not None:
-        limits.append(math.ceil(settings["max_tokens"] / (size * batches.data.seq_len)))
+        limits.append(math.ceil(settings["max_tokens"] / (size * batches.tokens_per_sample)))
     return min((n for n in limits if n is not None), default=None)
 
 
@@ -91,18 +91,19 @@ def fit(
     if world.size > 1:
         warm_up(model, strategy, ref, batches, progress.step, autocast)
     display.start(progress.step, limit)
-    last_log, begun = (time.perf_counter(), progress.step), time.perf_counter() - progress.seconds
+    last_log, begun = (time.perf_counter(), progress.tokens), time.perf_counter() - progress.seconds
     with StopSignals() as signals, contextlib.closing(batches.steps(progress.step, limit)) as stream:
         while True:
             step = progress.step
             progress.seconds = time.perf_counter() - begun
             steps = limit or estimate_steps(step, progress.seconds, settings["max_minutes"])
-            collected = [strategy.collect(model, b) for b in next(stream, [])]
+            collected = collect(model, strategy, next(stream, []), settings["seed"], step, world.rank)
             wanted = float(signals.name is not None)
             out_of_time = float(
                 settings["max_minutes"] is not None and progress.seconds >= 60 * settings["max_minutes"]
             )
-            weight, wanted, out_of_time = world.sum([float(sum(map(strategy.weight, collected))), wanted, out_of_time])
+            weight, tokens = float(sum(map(strategy.weight, collected))), float(sum(map(n_inputs, collected)))
+            weight, tokens, wanted, out_of_time = world.sum([weight, tokens, wanted, out_of_time])
             if wanted:
                 save(False)
                 raise Interrupted(
@@ -134,14 +135,14 @@ def fit(
             load = router_load(sums, world)
             if load is not None:
                 bare.balance(load)
-            progress.step, progress.tokens = done, progress.tokens + size * batches.data.seq_len
+            progress.step, progress.tokens = done, progress.tokens + int(tokens)
 
             values: dict[str, float] = {}
             if logging:
                 values = {f"train/{k}": v for k, v in (reduce(sums, world) | spread(load)).items()}
                 now = time.perf_counter()
-                rate = (done - last_log[1]) * size * batches.data.seq_len / (now - last_log[0])
-                last_log = now, done
+                rate = (progress.tokens - last_log[1]) / (now - last_log[0])
+                last_log = now, progress.tokens
                 values |= {
                     "lr": optimizer.param_groups[0]["lr"],
                     "grad_norm": norm.item(),
@@ -179,9 +180,24 @@ def fit(
             if due(done, settings["save_every"]) or best or last:
                 save(best)
             if "val/loss" in values or due(done, settings["sample_every"]) or due(done, settings["save_every"]):
-                last_log = time.perf_counter(), done  # the pace is that of training alone
+                last_log = time.perf_counter(), progress.tokens  # the pace is that of training alone
             if last:
                 return last
+
+
+def collect(model: nn.Module, strategy: Any, batches: list[Batch], seed: int, step: int, rank: int) -> list[Batch]:
+    """What the strategy trains on: the batches, or what it makes of them with the model. Whatever it draws is keyed by
+    the global micro-batch."""
+    collected = []
+    for i, batch in enumerate(batches):
+        torch.manual_seed(key(seed, "collect", step, rank * len(batches) + i))
+        collected.append(strategy.collect(model, batch))
+    return collected
+
+
+def n_inputs(batch: Batch) -> int:
+    """Tokens without padding."""
+    return int((batch["doc_ids"] >= 0).sum()) if "doc_ids" in batch else batch["tokens"].numel()
 
 
 def gradients(
@@ -266,7 +282,11 @@ def spread(load: Tensor | None) -> dict[str, float]:
 
 def batch_hash(collected: list[Batch], world: World) -> int:
     """A number for the step's samples, the same however they are spread over micro-batches and ranks."""
-    rows = sum(zlib.crc32(row.tobytes()) for b in collected for row in b["tokens"].cpu().numpy())
+    rows = 0
+    for batch in collected:
+        padding = (batch["doc_ids"] < 0).sum(1).tolist() if "doc_ids" in batch else [0] * len(batch["tokens"])
+        for row, n in zip(batch["tokens"].cpu().numpy(), padding):
+            rows += zlib.crc32(row[: len(row) - n].tobytes())
     return int(world.sum([float(rows)])[0])
 
 
@@ -279,15 +299,23 @@ def dump(folder: Path, world: World, step: int, batches: Batches, collected: lis
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, strategy: Any, ref: nn.Module | None, batches: Iterable[Batch], autocast: Any, world: World
+    model: nn.Module,
+    strategy: Any,
+    ref: nn.Module | None,
+    batches: Iterable[Batch],
+    autocast: Any,
+    world: World,
+    seed: int,
 ) -> dict[str, float]:
     """Means of the strategy's metrics over `batches`, dropout off, shared over the ranks. Training's random numbers are
-    keyed by step, so nothing here can touch them."""
+    keyed by step, so nothing here can touch them; what is drawn here is the same at every evaluation."""
     training = model.training
     model.eval()
     sums = []
     for i, batch in enumerate(batches):
         if i % world.size == world.rank:
+            torch.manual_seed(key(seed, "validate", i))
+            batch = strategy.collect(model, batch)
             with autocast:
                 metrics = strategy.loss(model, ref, batch)[1]
             metrics.pop("router/load", None)

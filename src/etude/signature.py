@@ -119,6 +119,8 @@ def _constructor(node: ast.ClassDef, module: str) -> Signature:
         kw_only = "kw_only=True" in ast.unparse(decorator)
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                if ast.unparse(item.annotation).startswith("ClassVar"):
+                    continue
                 params[item.target.id] = Param(item.target.id, item.annotation, item.value is None, kw_only)
     return Signature(params, takes_any)
 

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import math
 import random
 import sys
 import time
@@ -14,7 +15,8 @@ from typing import Any
 from etude import cli
 from etude import config as conf
 from etude import run as runs
-from etude.data.text import Prepared, TextData, prepare
+from etude.data.base import Maker
+from etude.data.prepare import Prepared, prepare, together
 from etude.errors import EtudeError, Interrupted, Refusal
 from etude.parallel import rank as parallel_rank
 
@@ -28,21 +30,28 @@ def train(cfg: dict) -> int:
         cfg = runs.resumed_config(Path(cfg["resume"]), cfg, overrides, list(conf.MAY_CHANGE))
         conf.check_targets({k: v for k, v in cfg.items() if isinstance(v, dict)}, cfg["trusted"])
     data, prepared = prepare_data(cfg)
+    if cfg["dry_run"]:
+        from etude.preview import show
+
+        return show(cfg, data, prepared)
     return conf.build(cfg["parallel"]).launch(work, cfg, overrides, data, prepared, sweep_job())
 
 
-def prepare_data(cfg: dict) -> tuple[TextData, Prepared]:
-    node = dict(cfg["tokenizer"])
+def prepare_data(cfg: dict) -> tuple[Any, list[Prepared]]:
+    """The data node, and the ids of its parts."""
     data = conf.build(cfg["data"])
+    return data, prepare(data, maker_of(cfg["tokenizer"]), cfg["cache_dir"])
+
+
+def maker_of(node: dict) -> Maker:
+    """A tokenizer node as what makes it; its key covers the files that it names, which may change under the same name."""
     key = json.dumps(node)
-    if "path" in node:  # the file may change under the same name
+    if "path" in node:
         path = Path(node["path"]).expanduser()
-        key += hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-    def make(train: list[str], corpus: list[str]) -> Any:
-        return conf.build(node, train, corpus)
-
-    return data, prepare(data, make, key, cfg["cache_dir"])
+        files = sorted(path.glob("*.jso*")) + sorted(path.glob("*.jinja")) if path.is_dir() else [path]
+        key += "".join(hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file())
+    stored = node["_target_"] == "etude.text.tokenizer.stored"
+    return Maker(None if stored else key, lambda train, corpus: conf.build(node, train, corpus))
 
 
 def typed_overrides() -> list[str]:
@@ -63,7 +72,7 @@ def sweep_job() -> tuple[str, int, str] | None:
     return h.sweep.dir, h.job.num, hashlib.sha256(json.dumps(sorted(h.overrides.task)).encode()).hexdigest()[:8]
 
 
-def work(cfg: dict, overrides: list[str], data: TextData, prepared: Prepared, job: tuple[str, int, str] | None) -> int:
+def work(cfg: dict, overrides: list[str], data: Any, prepared: list[Prepared], job: tuple[str, int, str] | None) -> int:
     """One process of a run. -> exit code."""
     parallel = conf.build(cfg["parallel"])
     first = parallel_rank() == 0  # what is refused is refused on every rank: one of them says it
@@ -71,7 +80,7 @@ def work(cfg: dict, overrides: list[str], data: TextData, prepared: Prepared, jo
 
 
 def _work(
-    cfg: dict, overrides: list[str], data: TextData, prepared: Prepared, job: tuple[str, int, str] | None, parallel: Any
+    cfg: dict, overrides: list[str], data: Any, prepared: list[Prepared], job: tuple[str, int, str] | None, parallel: Any
 ) -> int:
     with parallel.world(cfg["threads"]) as world, contextlib.ExitStack() as stack:
         session = Session(cfg, data, prepared, parallel, world)
@@ -85,7 +94,9 @@ def _work(
 class Session:
     """The parts of one run in this process, and the functions that the loop calls on them."""
 
-    def __init__(self, cfg: dict, data: TextData, prepared: Prepared, parallel: Any, world: Any):
+    def __init__(self, cfg: dict, data: Any, prepared: list[Prepared], parallel: Any, world: Any):
+        import copy
+
         import torch
 
         from etude.data.loader import Batches
@@ -100,7 +111,8 @@ class Session:
         deterministic(cfg["deterministic"])
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        self.tokenizer = prepared.tokenizer
+        self.tokenizer = prepared[0].tokenizer
+        self.meta = together(dict(zip(data.parts(), prepared)))
         self.model = conf.build(cfg["model"], self.tokenizer.vocab_size)
         limit = self.model.position_limit
         if limit is not None and data.seq_len > limit:
@@ -110,7 +122,14 @@ class Session:
         torch.manual_seed(key(cfg["seed"], "init"))
         self.model.init_weights()
         self.model.to(self.device)
-        self.strategy = conf.build(cfg["strategy"])
+        made = conf.build(cfg["strategy"])
+        self.strategy = made(self.tokenizer) if cfg["strategy"].get("_partial_") else made
+        if self.meta["kind"] not in self.strategy.kinds:
+            raise Refusal(
+                f"this strategy trains on {' or '.join(self.strategy.kinds)} and the data holds {self.meta['kind']}; leave out data=, or choose data={self.strategy.kinds[0]}"
+            )
+        # The model as it was before the first step of the first run: a resumed run makes it anew, from the same seed.
+        self.ref = copy.deepcopy(self.model).eval().requires_grad_(False) if self.strategy.needs_reference else None
         self.optimizer = conf.build(cfg["optimizer"], self.model)
         self.progress = Progress()
         size = cfg["batch_size"]
@@ -126,16 +145,11 @@ class Session:
         self.batches = Batches(
             data,
             prepared,
-            {
-                "seed": cfg["seed"],
-                "batch_size": size,
-                "micro_batch_size": micro,
-                "rank": world.rank,
-                "world_size": world.size,
-            },
+            {"batch_size": size, "micro_batch_size": micro, "rank": world.rank, "world_size": world.size},
+            cfg["seed"],
             self.device,
         )
-        self.prompts = [p for p in cfg["sample_prompts"] if self.knows(p)]
+        self.prompts = [p for p in self.sample_prompts() if self.knows(p)]
         self.folder = Path()
         self.whole: set[Path] = set()  # checkpoints verified in this process
 
@@ -148,6 +162,13 @@ class Session:
             if self.world.rank == 0:
                 print(f"warning: sample prompt {prompt!r} is left out: {str(error).split(';')[0]}", file=sys.stderr)
             return False
+
+    def sample_prompts(self) -> list[str]:
+        """What the config says, else what suits the data: of rows, the first two prompts of the validation split."""
+        if self.cfg["sample_prompts"] is not None:
+            return self.cfg["sample_prompts"]
+        found = self.batches.sets["val"].prompts(2)
+        return [self.tokenizer.decode(ids) for ids in found] or list(self.data.prompts)
 
     def claim(self, job: tuple[str, int, str] | None) -> Path:
         if self.cfg["resume"] is not None:
@@ -181,10 +202,10 @@ class Session:
     def _validate(self, batches: Any, split: str) -> dict[str, float]:
         from etude.loop import validate
 
-        found = validate(self.model, self.strategy, None, batches, self.autocast, self.world)
+        found = validate(self.model, self.strategy, self.ref, batches, self.autocast, self.world, self.cfg["seed"])
         found["loss"] = found.pop("nll", found["loss"])  # of the model, without smoothing and penalties
-        meta = self.prepared.meta
-        found["bits_per_byte"] = found["loss"] / 0.6931471805599453 * meta[f"{split}_tokens"] / meta[f"{split}_bytes"]
+        if (size := self.meta.get(f"{split}_bytes")) is not None:
+            found["bits_per_byte"] = found["loss"] / math.log(2) * self.meta[f"{split}_tokens"] / size
         return found
 
     def sample(self, step: int) -> list[tuple[str, str]]:
@@ -254,8 +275,8 @@ class Session:
             "world_size": self.world.size,
             "threads": torch.get_num_threads(),
             "precision": self.precision,
-            "data_sha256": self.prepared.meta["sha256"],
-            "tokenizer_sha256": self.prepared.meta["tokenizer_sha256"],
+            "data_sha256": self.meta["sha256"],
+            "tokenizer_sha256": self.meta["tokenizer_sha256"],
             "time": time.time(),
         }
 
@@ -287,10 +308,10 @@ class Session:
         folder = Path(found)
         state = checkpoint.read(folder)
         for name in ("data_sha256", "tokenizer_sha256"):
-            if state[name] != self.prepared.meta[name.replace("data_", "")]:
+            if state[name] != (now := self.meta[name.replace("data_", "")]):
                 what = name.removesuffix("_sha256")
                 raise Refusal(
-                    f"the {what} is not what this run was trained on (sha256 {state[name][:12]} then, {self.prepared.meta[name.replace('data_', '')][:12]} now)"
+                    f"the {what} is not what this run was trained on (sha256 {state[name][:12]} then, {now[:12]} now)"
                 )
         weights.load_model(self.model, weights.tensors(folder, "model"))
         checkpoint.load_optimizer(self.model, self.optimizer, weights.tensors(folder, "optimizer"))
@@ -346,7 +367,7 @@ class Session:
         status = runs.Status(self.folder)
         if main:
             if cfg["resume"] is None:
-                runs.write_metadata(self.folder, cfg, overrides, self.prepared.meta, str(self.device))
+                runs.write_metadata(self.folder, cfg, overrides, self.meta, str(self.device))
             else:
                 runs.note_resume(self.folder, cfg, overrides, self.progress.step)
             status.write()
@@ -360,7 +381,7 @@ class Session:
             reason = fit(
                 settings=cfg,
                 model=model,
-                ref=None,
+                ref=self.ref,
                 strategy=self.strategy,
                 optimizer=self.optimizer,
                 schedule=conf.build(cfg["scheduler"]),
@@ -424,14 +445,16 @@ class Session:
     def start_summary(self, limit: int | None) -> str:
         from etude.display import count
 
-        meta, size, seq = self.prepared.meta, self.cfg["batch_size"], self.data.seq_len
+        meta, size, seq = self.meta, self.cfg["batch_size"], self.data.seq_len
         n = self.model.n_params()
         flops = self.model.flops_per_token(seq)
         rows = self.batches.sampler.micro_batch_size * seq
         memory = memory_estimate(self.model, rows, self.precision)
+        each = self.batches.tokens_per_sample
         total = (
-            f"{limit:,} steps, {count(limit * size * seq)} tokens" if limit else f"{self.cfg['max_minutes']} minutes"
+            f"{limit:,} steps, {count(limit * size * each)} tokens" if limit else f"{self.cfg['max_minutes']} minutes"
         )
+        samples = f"{size} x {seq}" if each == seq else f"{size} x {each:.0f} (at most {seq})"
         accumulation = (
             f" ({self.batches.micro_batches} micro-batches of {self.batches.sampler.micro_batch_size})"
             if self.batches.micro_batches > 1
@@ -441,10 +464,12 @@ class Session:
             f"run      {self.folder}" + (f", from step {self.progress.step}" if self.progress.step else ""),
             f"model    {n:,} parameters, {count(flops)}FLOP a token, about {memory / 2**20:,.0f} MiB to train",
             f"data     {meta['files']} file{'s' * (meta['files'] > 1)} of {meta['source']}: {count(meta['train_tokens'])} + {count(meta['val_tokens'])} tokens of {meta['vocab_size']:,} kinds",
-            f"train    {total}, {size} x {seq} tokens a step{accumulation}, {self.device.type} {self.precision}"
+            *(f"rows     {line}" for line in self.batches.accounts()),
+            f"train    {total}, {samples} tokens a step{accumulation}, {self.device.type} {self.precision}"
             + (f", {self.world.size} processes" if self.world.size > 1 else ""),
-            f"baseline a bigram model's validation loss is {meta['bigram_loss']:.3f}",
         ]
+        if "bigram_loss" in meta:
+            lines.append(f"baseline a bigram model's validation loss is {meta['bigram_loss']:.3f}")
         return "\n".join(lines)
 
     def end_summary(self, reason: str, status: runs.Status) -> list[str]:
@@ -454,8 +479,9 @@ class Session:
         minutes, seconds = divmod(round(self.progress.seconds), 60)
         lines = [
             f"done     {reason}: {self.progress.step:,} steps, {self.progress.tokens:,} tokens in {minutes} min {seconds} s",
-            f"loss     validation {metrics['val/full_loss']:.4f} over the whole split ({metrics['val/full_bits_per_byte']:.3f} bits a byte); "
-            f"a bigram model's is {self.prepared.meta['bigram_loss']:.3f}",
+            f"loss     validation {metrics['val/full_loss']:.4f} over the whole split"
+            + (f" ({metrics['val/full_bits_per_byte']:.3f} bits a byte)" if "val/full_bits_per_byte" in metrics else "")
+            + (f"; a bigram model's is {self.meta['bigram_loss']:.3f}" if "bigram_loss" in self.meta else ""),
         ]
         if self.progress.best_step:
             lines.append(
@@ -464,9 +490,11 @@ class Session:
         pairs = self.sample(self.progress.step)
         for prompt, text in pairs:
             lines += ["", f"--- sample after {prompt!r}", prompt + text]
-        prompt = next((p for p in self.prompts if p.strip()), "")
         uncached = "" if can_cache(self.model) else " cache=false"
-        return [*lines, "", f'generate: python generate.py ckpt={self.folder} prompt="{prompt}"{uncached}']
+        if self.meta["kind"] == "text":
+            prompt = next((p for p in self.prompts if p.strip()), "")
+            return [*lines, "", f'generate: python generate.py ckpt={self.folder} prompt="{prompt}"{uncached}']
+        return [*lines, "", f"talk:    python generate.py ckpt={self.folder} chat=true{uncached}"]
 
 
 def memory_estimate(model: Any, rows: int, precision: str) -> int:

@@ -1,42 +1,61 @@
-"""From ids on disk to batches on the device."""
+"""From ids on disk to batches on the device.
 
+A data set is a list of samples: `len`, `__getitems__(indices) -> Batch`, `fixed(n)` samples spread evenly for estimates,
+and `whole()`, samples in which every target stands once."""
+
+import json
+from collections import Counter
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from etude.data.order import ResumableDistributedSampler
-from etude.data.text import Prepared, TextData
+from etude.data.base import Data
+from etude.data.mixture import Mixture
+from etude.data.order import Mixed, Order, ResumableDistributedSampler, mix
+from etude.data.pack import pack
+from etude.data.prepare import Prepared
+from etude.data.store import Flat
 from etude.errors import Refusal
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors by name; of prompts also `fields`, a list of objects
+IGNORED = -100  # a target that is none
+PADDING = -1  # the document id of what only fills a row
+ROUND = 32  # padded rows have a multiple of so many tokens: every new shape costs a compilation on CPU
 
 
 class Windows(Dataset):
-    """Windows of seq_len + 1 ids, `stride` apart, over a memory map. A sample is read when it is asked for."""
+    """Windows of seq_len + 1 ids, `stride` apart, over documents laid end to end."""
 
     def __init__(self, prepared: Prepared, split: str, seq_len: int, stride: int, eos: int | None = None):
         self.prepared, self.split, self.seq_len, self.stride, self.eos = prepared, split, seq_len, stride, eos
         self.vocab_size: int = prepared.meta["vocab_size"]
         self.ids = prepared.ids(split)
+        self.tokens_per_sample = float(seq_len)
+        self.dropped: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return (len(self.ids) - self.seq_len - 1) // self.stride + 1
 
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of which as many tokens are seen as the split has, where they are drawn at random."""
+        return len(self.ids) // self.seq_len
+
     def __getitems__(self, indices: list[int]) -> Batch:
         """-> tokens (B, T) and targets (B, T); with `eos` also doc_ids (B, T), which count the end tokens before."""
-        T = self.seq_len
-        rows = np.stack([self.ids[i * self.stride : i * self.stride + T + 1] for i in indices]).astype(np.int64)
-        if rows.max() >= self.vocab_size:
-            row = int((rows.max(1) >= self.vocab_size).argmax())
-            raise Refusal(
-                f"{self.prepared.folder / self.split}.bin, window {indices[row]}: token id {rows.max()} is outside the vocabulary of "
-                f"{self.vocab_size}; the cache is damaged: delete {self.prepared.folder}"
-            )
+        starts = np.asarray(indices, dtype=np.int64) * self.stride
+        rows = self.ids.read_many(starts, self.seq_len + 1).astype(np.int64)
+        check_ids(rows, self.vocab_size, self.prepared, f"{self.split} window {indices}")
         tokens = torch.from_numpy(rows)
         return self._batch(tokens[:, :-1], tokens[:, 1:])
+
+    def prompts(self, n: int) -> list[list[int]]:
+        """Of text, none suggests itself."""
+        return []
 
     def _batch(self, tokens: Tensor, targets: Tensor) -> Batch:
         batch = {"tokens": tokens, "targets": targets}
@@ -45,39 +64,315 @@ class Windows(Dataset):
             batch["doc_ids"] = ended.cumsum(1) - ended.long()
         return batch
 
-    def cover(self, batch_size: int) -> Iterator[Batch]:
+    def fixed(self, count: int, batch_size: int) -> Iterator[Batch]:
+        """`count` windows spread evenly over the split, wherever they begin."""
+        every = Windows(self.prepared, self.split, self.seq_len, 1, self.eos)
+        at = np.linspace(0, len(every) - 1, min(count, len(every))).astype(np.int64)
+        for i in range(0, len(at), batch_size):
+            yield every.__getitems__(at[i : i + batch_size].tolist())
+
+    def whole(self, batch_size: int) -> Iterator[Batch]:
         """The whole split in order, each token but the first a target exactly once; the last window is padded with
-        ignored targets (-100)."""
+        ignored targets."""
         T = self.seq_len
         n = len(self.ids) - 1
         starts = np.arange(0, n, T)
         for i in range(0, len(starts), batch_size):
             group = starts[i : i + batch_size]
             tokens = np.zeros((len(group), T), dtype=np.int64)
-            targets = np.full((len(group), T), -100, dtype=np.int64)
+            targets = np.full((len(group), T), IGNORED, dtype=np.int64)
             for row, target, start in zip(tokens, targets, group):
-                piece = self.ids[start : start + T + 1]
+                piece = self.ids.read(int(start), int(min(start + T, n)) + 1)
                 row[: len(piece) - 1] = piece[:-1]
                 target[: len(piece) - 1] = piece[1:]
             yield self._batch(torch.from_numpy(tokens), torch.from_numpy(targets))
 
 
+class Documents(Dataset):
+    """Rows of whole documents, none of which sees another, padded where they do not fill a row.
+
+    A piece is what stands between `begin` and `end` in the split's tokens: a document, or a part of an overlong one. Its
+    ids but the last are inputs, each with the next one as target, where that is one. A sample has `per_sample`
+    rows (two of a pair); a row has one piece, or with `packed` as many as best-fit decreasing puts together."""
+
+    def __init__(self, prepared: Prepared, split: str, data: Data):
+        self.prepared, self.split, self.seq_len = prepared, split, data.seq_len
+        self.kind: str = prepared.meta["kind"]
+        self.per_sample = 2 if self.kind == "pairs" else 1
+        self.ids = prepared.ids(split)
+        self.masks = Flat(prepared.store, f"{split}/targets") if self.kind in ("chats", "pairs") else None
+        self.fields = [Flat(prepared.store, f"{split}/{n}") for n in ("fields", "fields_ends")] if self.kind == "prompts" else []
+        self.filler: int = prepared.meta["eos"] or 0  # what padding holds; no one attends to it, and it is no target
+        self.fixed_width = data.layout == "packed"
+        self.dropped: Counter[str] = Counter()
+        ends = np.asarray(Flat(prepared.store, f"{split}/ends")[:])
+        begins = np.concatenate([[0], ends[:-1]])
+        self.row_of, self.begin, self.end = self._pieces(begins, ends, data.overlong)
+        inputs = self.end - self.begin - (self.kind != "prompts")
+        if data.layout == "packed":
+            self.items, self.row_ends = pack(inputs, self.seq_len)
+        else:
+            self.items, self.row_ends = np.arange(len(inputs)), np.arange(1, len(inputs) + 1)
+        if not len(self):
+            raise Refusal(f"no usable row is left in the {split} split of {prepared.meta['source']}{tell(self.dropped)}; raise data.seq_len or set data.overlong")
+        self.tokens_per_sample = float(inputs.sum() / len(self))
+        self.efficiency = float(inputs.sum() / (len(self.row_ends) * self.seq_len))
+
+    def _pieces(self, begin: np.ndarray, end: np.ndarray, overlong: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> (document, begin, end) of each piece that fits and has a target."""
+        room = self.seq_len + (self.kind != "prompts")  # the last id is no input
+        row = np.arange(len(begin))
+        long = end - begin > room
+        if long.any():
+            if overlong == "error":
+                i = int(long.argmax())
+                raise Refusal(
+                    f"document {i // self.per_sample + 1} of the {self.split} split has {end[i] - begin[i]} tokens and data.seq_len={self.seq_len}: raise it, or set data.overlong to right, left or drop"
+                )
+            if overlong == "split" and self.kind in ("pairs", "prompts"):
+                raise Refusal(f"{self.kind} cannot be split: set data.overlong to right, left or drop")
+            if overlong == "split":
+                self.dropped["overlong, split"] += int(long.sum())
+                counts = np.maximum(1, -(-(end - begin - 1) // self.seq_len))
+                row = np.repeat(row, counts)
+                nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+                begin = begin[row] + nth * self.seq_len
+                end = np.minimum(begin + room, end[row])
+            elif overlong == "drop":
+                self.dropped["overlong"] += int(self._samples(long).sum())
+            elif overlong == "right":
+                self.dropped["overlong, cut on the right"] += int(long.sum())
+                end = np.minimum(end, begin + room)
+            else:
+                self.dropped["overlong, cut on the left"] += int(long.sum())
+                begin = np.maximum(begin, end - room)
+        keep = np.ones(len(begin), dtype=bool)
+        if overlong == "drop":
+            keep &= ~np.repeat(self._samples(long), self.per_sample)
+        if self.kind != "prompts":
+            hopeless = self._targets(begin, end) == 0
+            hopeless = np.repeat(self._samples(hopeless), self.per_sample) & keep
+            self.dropped["no target"] += int(hopeless.sum()) // self.per_sample
+            keep &= ~hopeless
+        self.dropped = +self.dropped
+        return row[keep], begin[keep], end[keep]
+
+    def _samples(self, rows: np.ndarray) -> np.ndarray:
+        """Which samples have one of these rows."""
+        return rows.reshape(-1, self.per_sample).max(1)
+
+    def _targets(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """How many targets each piece has: what its first id is, is not predicted."""
+        if self.masks is None:
+            return np.maximum(end - begin - 1, 0)
+        total = np.zeros(len(self.masks) + 1, dtype=np.int64)
+        np.cumsum(self.masks[:], out=total[1:])
+        return total[end] - total[np.minimum(begin + 1, end)]
+
+    def __len__(self) -> int:
+        return len(self.row_ends) // self.per_sample
+
+    @property
+    def epoch_samples(self) -> int:
+        return len(self)
+
+    def rows(self, sample: int) -> list[list[int]]:
+        """The pieces in each of a sample's rows."""
+        first = sample * self.per_sample
+        starts = [self.row_ends[i - 1] if i else 0 for i in range(first, first + self.per_sample)]
+        return [self.items[a : self.row_ends[first + i]].tolist() for i, a in enumerate(starts)]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """-> tokens, targets, doc_ids (rows, T); rows is B, or 2B for pairs: chosen, rejected, chosen, ... doc_ids count the
+        documents of a row, -1 is padding. Of prompts: tokens, doc_ids, and `fields`, a row's other keys."""
+        whole = self.kind == "prompts"
+        rows = [row for i in indices for row in self.rows(i)]
+        widths = [sum(int(self.end[p] - self.begin[p]) - (not whole) for p in row) for row in rows]
+        T = self.seq_len if self.fixed_width else -(-max(widths) // ROUND) * ROUND
+        tokens = np.full((len(rows), T), self.filler, dtype=np.int64)
+        targets = np.full((len(rows), T), IGNORED, dtype=np.int64)
+        doc_ids = np.full((len(rows), T), PADDING, dtype=np.int64)
+        for r, row in enumerate(rows):
+            at = 0
+            for d, p in enumerate(row):
+                begin, end = int(self.begin[p]), int(self.end[p])
+                ids = self.ids.read(begin, end)
+                n = len(ids) - (not whole)
+                tokens[r, at : at + n] = ids[:n]
+                doc_ids[r, at : at + n] = d
+                if not whole:
+                    following = ids[1:].astype(np.int64)
+                    if self.masks is not None:
+                        following[self.masks.read(begin + 1, end) == 0] = IGNORED
+                    targets[r, at : at + n] = following
+                at += n
+        check_ids(tokens, self.prepared.meta["vocab_size"], self.prepared, f"{self.split} sample {indices}", self.per_sample)
+        batch: Batch = {"tokens": torch.from_numpy(tokens), "doc_ids": torch.from_numpy(doc_ids)}
+        if whole:
+            return batch | {"fields": [self.fields_of(self.rows(i)[0][0]) for i in indices]}
+        return batch | {"targets": torch.from_numpy(targets)}
+
+    def fields_of(self, piece: int) -> dict[str, Any]:
+        document = int(self.row_of[piece])
+        values, ends = self.fields
+        begin = int(ends.read(document - 1, document)[0]) if document else 0
+        return json.loads(bytes(values.read(begin, int(ends.read(document, document + 1)[0]))))
+
+    def prompts(self, n: int) -> list[list[int]]:
+        """The ids before the first target of the first n documents, where there are any."""
+        found = []
+        for begin, end in zip(self.begin[: n * self.per_sample : self.per_sample], self.end[::self.per_sample]):
+            until = int(end)
+            if self.masks is not None:
+                until = int(begin) + int(self.masks.read(int(begin), int(end)).argmax())
+            if self.kind != "text" and until > begin:
+                found.append(self.ids.read(int(begin), until).tolist())
+        return found
+
+    def fixed(self, count: int, batch_size: int) -> Iterator[Batch]:
+        """`count` samples spread evenly."""
+        at = np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64)
+        for i in range(0, len(at), batch_size):
+            yield self.__getitems__(at[i : i + batch_size].tolist())
+
+    def whole(self, batch_size: int) -> Iterator[Batch]:
+        """All samples in order."""
+        for i in range(0, len(self), batch_size):
+            yield self.__getitems__(list(range(i, min(i + batch_size, len(self)))))
+
+
+class Chain(Dataset):
+    """The sources of a mixture end to end; a batch may hold samples of several."""
+
+    def __init__(self, sets: list[Windows | Documents], shares: list[float]):
+        self.sets, self.shares = sets, np.array(shares) / sum(shares)
+        self.starts = np.cumsum([0, *map(len, sets)])
+        self.tokens_per_sample = float(sum(s * w for s, w in zip((d.tokens_per_sample for d in sets), self.shares)))
+        self.dropped = sum((d.dropped for d in sets), Counter[str]())
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        which = np.searchsorted(self.starts, indices, side="right") - 1
+        groups, order = [], []
+        for s in np.unique(which):
+            at = np.flatnonzero(which == s)
+            groups.append(self.sets[s].__getitems__([int(indices[i] - self.starts[s]) for i in at]))
+            order.append(at)
+        return merge(groups, order)
+
+    def prompts(self, n: int) -> list[list[int]]:
+        return [ids for data in self.sets for ids in data.prompts(1)]
+
+    def fixed(self, count: int, batch_size: int) -> Iterator[Batch]:
+        """Each source's share of `count` samples."""
+        for data, share in zip(self.sets, self.shares):
+            yield from data.fixed(max(1, round(count * share)), batch_size)
+
+    def whole(self, batch_size: int) -> Iterator[Batch]:
+        for data in self.sets:
+            yield from data.whole(batch_size)
+
+
+def merge(groups: list[Batch], places: list[np.ndarray]) -> Batch:
+    """One batch of several, sample i of group g at places[g][i], all padded to the widest. Where only some say where their
+    documents are, the others' rows are one document each."""
+    if len(groups) == 1:
+        return groups[0]
+    per_sample = len(groups[0]["tokens"]) // len(places[0])
+    n, T = sum(map(len, places)), max(g["tokens"].shape[1] for g in groups)
+    names = {k for g in groups for k in g}
+    filling = {"tokens": 0, "targets": IGNORED, "doc_ids": PADDING}
+    out: Batch = {k: torch.full((n * per_sample, T), v) for k, v in filling.items() if k in names}
+    out |= {"fields": [{}] * n} if "fields" in names else {}
+    for group, at in zip(groups, places):
+        rows = torch.from_numpy((at[:, None] * per_sample + np.arange(per_sample)).ravel())
+        if "doc_ids" in names and "doc_ids" not in group:
+            group = group | {"doc_ids": torch.zeros_like(group["tokens"])}
+        for name, value in group.items():
+            if name == "fields":
+                for i, fields in zip(at, value):
+                    out["fields"][i] = fields
+            else:
+                out[name][rows, : value.shape[1]] = value
+    return out
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, prepared: Prepared, what: str, per_sample: int = 1) -> None:
+    if ids.max() >= vocab_size:
+        row = int((ids.max(1) >= vocab_size).argmax()) // per_sample
+        raise Refusal(
+            f"{prepared.meta['source']}, row {row} of {what}: token id {ids.max()} is outside the vocabulary of {vocab_size}; "
+            "the ids are damaged, or the tokenizer is not the one that made them"
+        )
+
+
+def tell(dropped: Counter[str]) -> str:
+    return f" ({', '.join(f'{n:,} {why}' for why, n in dropped.items())})" if dropped else ""
+
+
+def data_set(data: Data, prepared: Prepared, split: str) -> Windows | Documents:
+    """The samples of one source's split."""
+    data.check(prepared)
+    if data.layout == "windows":
+        eos = prepared.meta["eos"] if data.isolate_documents else None
+        return Windows(prepared, split, data.seq_len, data.step_between, eos)
+    return Documents(prepared, split, data)
+
+
 class Batches:
     """Micro-batches of the training split, step by step, for one rank; validation batches apart from them."""
 
-    def __init__(self, data: TextData, prepared: Prepared, sampler_settings: dict, device: torch.device):
+    def __init__(
+        self, data: Data | Mixture, prepared: list[Prepared], sampler: dict[str, int], seed: int, device: torch.device
+    ):
         self.data, self.prepared, self.device = data, prepared, device
-        self.eos: int | None = prepared.meta["eos"] if data.isolate_documents else None
-        self.train = Windows(prepared, "train", data.seq_len, data.step_between, self.eos)
-        self.sampler = ResumableDistributedSampler(
-            len(self.train), order=data.order, drop_last=data.drop_last, **sampler_settings
-        )
+        self.sets: dict[str, Windows | Documents | Chain] = {}
+        parts = list(data.parts().values())
+        for split in ("train", "val"):
+            sets = [data_set(part, p, split) for part, p in zip(parts, prepared)]
+            self.sets[split] = Chain(sets, data.shares(prepared)) if isinstance(data, Mixture) else sets[0]
+            if split == "train":
+                self.train_sets = sets
+                self.order = self._order(sets, parts, seed, sampler["batch_size"])
+        self.train = self.sets["train"]
+        self.sampler = ResumableDistributedSampler(self.order, **sampler)
         self.micro_batches = self.sampler.batch_size // self.sampler.world_size // self.sampler.micro_batch_size
+
+    def _order(self, sets: list[Any], parts: list[Any], seed: int, batch_size: int) -> Order | Mixed:
+        if not isinstance(self.data, Mixture):
+            drop = batch_size if self.data.drop_last else 1
+            return Order(len(sets[0]), seed=seed, kind=self.data.order, drop_last=drop)
+        seeds = [int(mix(seed, i)[0] >> np.uint64(1)) for i in range(len(sets))]
+        orders = [Order(len(s), seed=k, kind=p.order) for s, p, k in zip(sets, parts, seeds)]
+        return Mixed(orders, self.data.shares(self.prepared))
 
     @property
     def epoch_samples(self) -> int:
         """Samples after which as many tokens were seen as the training split has."""
-        return len(self.train.ids) // self.data.seq_len if self.data.order == "random" else self.sampler.epoch_size
+        if isinstance(self.order, Order) and self.order.kind == "random":
+            return self.train.epoch_samples  # type: ignore[union-attr]
+        return self.order.epoch_size
+
+    @property
+    def tokens_per_sample(self) -> float:
+        """Inputs in a sample, on average, without padding."""
+        return self.train.tokens_per_sample
+
+    def accounts(self) -> list[str]:
+        """What became of the rows: how many there are, how full samples are, what was left out or cut."""
+        lines = []
+        for name, part, p, data in zip(self.data.parts(), self.data.parts().values(), self.prepared, self.train_sets):
+            if isinstance(data, Windows) and not p.meta["dropped"]:
+                continue
+            left_out = Counter(p.meta["dropped"]) + data.dropped
+            line = f"{len(data):,} samples" + (f" of {name}" if name else "")
+            if isinstance(data, Documents):
+                line = f"{len(data.row_of) // data.per_sample:,} rows in {line}"
+                line += f", {data.efficiency:.1%} full" if part.layout == "packed" else ""
+            lines.append(line + "".join(f"; {n:,} {why}" for why, n in left_out.items()))
+        return lines
 
     def steps(self, start: int, stop: int | None) -> Generator[list[Batch], None, None]:
         """The micro-batches of step `start`, of the next, ... on the device. Read ahead by the loader's workers."""
@@ -97,23 +392,17 @@ class Batches:
             yield batches
 
     def fixed(self, split: str, n_batches: int, batch_size: int) -> Iterator[Batch]:
-        """The same `n_batches` windows spread evenly over a split, at every call: an estimate free of sampling noise
-        between evaluations."""
-        windows = Windows(self.prepared, split, self.data.seq_len, 1, self.eos)
-        count = min(n_batches * batch_size, len(windows))
-        at = np.linspace(0, len(windows) - 1, count).astype(np.int64)
-        for i in range(0, count, batch_size):
-            yield self.to_device(windows.__getitems__(at[i : i + batch_size].tolist()))
+        """The same `n_batches` batches at every call: an estimate free of sampling noise between evaluations."""
+        yield from map(self.to_device, self.sets[split].fixed(n_batches * batch_size, batch_size))
 
     def whole(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """Every token of a split as a target once."""
-        for batch in Windows(self.prepared, split, self.data.seq_len, self.data.seq_len, self.eos).cover(batch_size):
-            yield self.to_device(batch)
+        """Every target of a split once."""
+        yield from map(self.to_device, self.sets[split].whole(batch_size))
 
     def to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
             return batch
-        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _identity(batch: Batch) -> Batch:

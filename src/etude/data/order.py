@@ -1,7 +1,11 @@
 """The order of the data: a pure function of (seed, global sample number), the same for any number of ranks,
 micro-batches and loader workers, and untouched by evaluation."""
 
+import fractions
 import functools
+import heapq
+import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,79 +23,147 @@ def mix(*keys: int | np.ndarray) -> np.ndarray:
     return state
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
 
+class Order:
+    """Which of `n` samples has a global number. "random" draws with replacement, "shuffle" is a new permutation each epoch,
+    "sequential" is 0, 1, 2, ... An epoch has `epoch_size` samples: n, or the multiple of a batch below it."""
+
+    def __init__(self, n: int, *, seed: int, kind: str, drop_last: int = 1):
+        self.n, self.seed, self.kind = n, seed, kind
+        self.epoch_size = n - n % drop_last if kind != "random" and n >= drop_last else n
+
+    def sample(self, numbers: np.ndarray) -> np.ndarray:
+        """Global sample numbers -> sample indices below n."""
+        if self.kind == "random":
+            return (mix(self.seed, numbers) % np.uint64(self.n)).astype(np.int64)
+        epochs, within = np.divmod(numbers, self.epoch_size)
+        if self.kind == "sequential":
+            return within
+        return np.array([_permutation(self.n, self.seed, int(e))[i] for e, i in zip(epochs, within)], dtype=np.int64)
+
+    def state(self) -> dict:
+        return {"seed": self.seed, "n": self.n, "order": self.kind}
+
+
+class Mixed:
+    """Several orders dealt out in exact proportions: of the first N samples of all, source i has less than one sample more
+    or fewer than N times its weight, whatever N is.
+
+    Sample k of a source with weight w may come from number ceil(k / w) on and must come before ceil((k + 1) / w); always
+    taking, of those that may, the one that must come first keeps that promise (proportionate fairness, Baruah et al. 1996).
+    Weights are fractions with a common denominator of at most PERIOD, to which others are rounded; one period is
+    dealt once and repeated, so a number's source is looked up."""
+
+    PERIOD = 1 << 18
+
+    def __init__(self, orders: list[Order], weights: list[float]):
+        self.orders = orders
+        self.counts = proportions(weights, self.PERIOD)
+        self.table = deal(self.counts)
+        period = len(self.table)
+        self.rank = np.empty(period, dtype=np.int64)  # how many of the same source stand before
+        for i, count in enumerate(self.counts):
+            self.rank[self.table == i] = np.arange(count)
+        self.starts = np.cumsum([0, *(o.n for o in orders)])
+        self.n = int(self.starts[-1])
+        share = [c / period for c in self.counts]
+        # An epoch is over when the source that lasts longest has been seen once.
+        self.epoch_size = round(max(o.epoch_size / s for o, s in zip(orders, share)))
+
+    def sample(self, numbers: np.ndarray) -> np.ndarray:
+        """Global sample numbers -> indices into the sources laid end to end."""
+        periods, within = np.divmod(numbers, len(self.table))
+        source = self.table[within]
+        out = np.empty(len(numbers), dtype=np.int64)
+        for i, order in enumerate(self.orders):
+            mine = source == i
+            own = periods[mine] * self.counts[i] + self.rank[within[mine]]
+            out[mine] = self.starts[i] + order.sample(own)
+        return out
+
+    def state(self) -> dict:
+        states = [o.state() for o in self.orders]
+        return {k: [s[k] for s in states] for k in states[0]} | {"counts": self.counts}
+
+
+def proportions(weights: list[float], period: int) -> list[int]:
+    """Weights -> the samples each source has of a common period: exact where a period of at most `period` does it, else
+    rounded to one of `period` by largest remainders, each source keeping one at least."""
+    exact = [fractions.Fraction(str(w)) for w in weights]
+    shares = [w / sum(exact) for w in exact]
+    least = math.lcm(*(s.denominator for s in shares))
+    if least <= period:
+        return [int(s * least) for s in shares]
+    counts = [max(1, int(s * period)) for s in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * period)
+    for i in itertools.islice(itertools.cycle(by_remainder), max(0, period - sum(counts))):
+        counts[i] += 1
+    return counts
+
+
+def deal(counts: list[int]) -> np.ndarray:
+    """The source of each place of one period, in which source i has counts[i] places."""
+    period = sum(counts)
+    table = np.empty(period, dtype=np.int64)
+    waiting = [(0, i, 0) for i, c in enumerate(counts) if c]  # (from, source, sample of it)
+    ready: list[tuple[int, int, int]] = []  # (until, source, sample)
+    heapq.heapify(waiting)
+    for place in range(period):
+        while waiting and waiting[0][0] <= place:
+            _, i, k = heapq.heappop(waiting)
+            heapq.heappush(ready, (-((k + 1) * period // -counts[i]), i, k))
+        _, table[place], k = heapq.heappop(ready)
+        i = int(table[place])
+        if k + 1 < counts[i]:
+            heapq.heappush(waiting, ((k + 1) * period // counts[i], i, k + 1))
+    return table
+
+
 class ResumableDistributedSampler:
-    """Yields, micro-batch by micro-batch, which of `n` samples this rank reads next; a torch BatchSampler in kind.
+    """Yields, micro-batch by micro-batch, which samples this rank reads next; a torch BatchSampler in kind.
 
     A step takes the `batch_size` global sample numbers from step * batch_size on, whatever the ranks. They are cut
     into micro-batches of `micro_batch_size`, and rank r of W reads the r-th W-th of those. `order` maps a number to a
-    sample: "random" draws with replacement, "shuffle" is a new permutation each epoch, "sequential" is 0, 1, 2, ...
-    `drop_last` leaves out an epoch's last samples that fill no batch. The state is the next step alone; `epoch` and
-    `iter` (batches into it) are derived from it."""
+    sample. The state is the next step alone; `epoch` and `iter` (batches into it) are derived from it."""
 
     def __init__(
-        self,
-        n: int,
-        *,
-        seed: int,
-        order: str,
-        batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        drop_last: bool,
+        self, order: Order | Mixed, *, batch_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
     ):
-        self.n, self.seed, self.order = n, seed, order
+        self.order = order
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
-        self.epoch_size = n - n % batch_size if drop_last and order != "random" and n >= batch_size else n
         self.step = 0
         self.stop: int | None = None
 
     @property
     def epoch(self) -> int:
-        return self.step * self.batch_size // self.epoch_size
+        return self.step * self.batch_size // self.order.epoch_size
 
     @property
     def iter(self) -> int:
-        return self.step * self.batch_size % self.epoch_size // self.batch_size
+        return self.step * self.batch_size % self.order.epoch_size // self.batch_size
 
     def state_dict(self) -> dict:
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "iter": self.iter,
-            "seed": self.seed,
-            "n": self.n,
-            "order": self.order,
-        }
+        return {"step": self.step, "epoch": self.epoch, "iter": self.iter, **self.order.state()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on at the state's step. Raises ValueError if the state is of another order of samples."""
-        for key in ("seed", "n", "order"):
-            if state[key] != getattr(self, key):
-                raise ValueError(f"the sampler's {key} was {state[key]} and is {getattr(self, key)}")
+        for key, value in self.order.state().items():
+            if state.get(key) != value:
+                raise ValueError(f"the sampler's {key} was {state.get(key)} and is {value}")
         self.step = state["step"]
-
-    def sample(self, numbers: np.ndarray) -> np.ndarray:
-        """Global sample numbers -> sample indices below n."""
-        if self.order == "random":
-            return (mix(self.seed, numbers) % np.uint64(self.n)).astype(np.int64)
-        epochs, within = np.divmod(numbers, self.epoch_size)
-        if self.order == "sequential":
-            return within
-        return np.array([_permutation(self.n, self.seed, int(e))[i] for e, i in zip(epochs, within)])
 
     def micro_batches(self, step: int) -> list[np.ndarray]:
         """This rank's sample indices at `step`, one array a micro-batch."""
         per_rank = self.batch_size // self.world_size
         first = step * self.batch_size + self.rank * per_rank
         numbers = np.arange(first, first + per_rank)
-        return [self.sample(numbers[i : i + self.micro_batch_size]) for i in range(0, per_rank, self.micro_batch_size)]
+        indices = self.order.sample(numbers)
+        return [indices[i : i + self.micro_batch_size] for i in range(0, per_rank, self.micro_batch_size)]
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.step

@@ -9,6 +9,7 @@ class Seq:
     """Cross-entropy of every target, with label smoothing e: (1-e) NLL + e mean_v(-log p_v) (Szegedy et al. 2016), and
     z-loss: weight * logsumexp(z)^2 (Chowdhery et al. 2022)."""
 
+    kinds = ("text", "chats")
     needs_reference = False
 
     def __init__(self, *, label_smoothing: float, z_loss: float):

@@ -1,6 +1,7 @@
 """Tokenizers. All of them are a `tokenizers.Tokenizer` of the Hugging Face library inside, so every run's
 tokenizer.json has one format, which transformers reads too."""
 
+import functools
 import hashlib
 import json
 import re
@@ -39,7 +40,8 @@ class Tokenizer:
         return next((i for n in names if n and (i := self.backend.token_to_id(n)) is not None), None)
 
     def _by_character(self) -> bool:
-        return isinstance(self.backend.model, models.WordLevel) and self.backend.token_to_id(UNK) is None
+        words = isinstance(self.backend.model, models.WordLevel) and self.backend.token_to_id(UNK) is None
+        return words and all(len(token) == 1 for token in self.backend.get_vocab())
 
     def check(self, text: str, where: str = "the text") -> None:
         """Raises Refusal naming the characters of `text` that a vocabulary of characters does not have."""
@@ -56,18 +58,24 @@ class Tokenizer:
         """The ids of `text`; special tokens in it are recognised. With `begin` the tokenizer adds what it puts around a
         text (Llama's a beginning token, ours nothing)."""
         self.check(text)
-        return self.backend.encode(text, add_special_tokens=begin).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=begin).ids
+        except Exception as error:  # the library raises plain Exception
+            raise Refusal(f"the tokenizer cannot encode {text[:40]!r}: {error}") from None
 
     def token(self, i: int | None) -> str | None:
         return None if i is None else self.backend.id_to_token(i)
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, on all cores. Special tokens are not looked for: a corpus is plain text."""
+        encoded = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(e.ids, dtype=np.uint32) for e in encoded]
+
+    @functools.cached_property
+    def _plain(self) -> Backend:
         backend = Backend.from_str(self.to_json())
         backend.encode_special_tokens = True
-        return [
-            np.array(e.ids, dtype=np.uint32) for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+        return backend
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
@@ -90,40 +98,45 @@ class Tokenizer:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-def from_json(text: str) -> Tokenizer:
-    return Tokenizer(Backend.from_str(text))
-
-
 def load(path: str | Path) -> Tokenizer:
     """A tokenizer.json, or a folder that holds one and perhaps tokenizer_config.json, chat_template.jinja and
     generation_config.json. Raises Refusal if it is missing or not one."""
     path = Path(path).expanduser()
     folder = path if path.is_dir() else path.parent
     file = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        backend = Backend.from_str(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Refusal(f"there is no tokenizer file {file}; give the path of a tokenizer.json") from None
-    except Exception as error:  # the library raises plain Exception
-        raise Refusal(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from None
-    config = _json(folder / "tokenizer_config.json")
-    if (template := folder / "chat_template.jinja").exists():
+    if not file.exists():
+        raise Refusal(f"there is no tokenizer file {file}; give the path of a tokenizer.json")
+    files = {}
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json", "tokenizer.json"):
+        path = file if name == "tokenizer.json" else folder / name
         try:
-            config["chat_template"] = template.read_text(encoding="utf-8")
+            files[name] = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue
         except (OSError, UnicodeDecodeError) as error:
-            raise Refusal(f"{template} cannot be read as text: {error}") from None
-    stop = _json(folder / "generation_config.json").get("eos_token_id")
+            raise Refusal(f"{path} cannot be read as text: {error}") from None
+    return from_files(files, folder)
+
+
+def from_files(files: dict[str, str], folder: Path | str = "the tokenizer") -> Tokenizer:
+    """The inverse of Tokenizer.files. Raises Refusal where tokenizer.json is none."""
+    try:
+        backend = Backend.from_str(files["tokenizer.json"])
+    except Exception as error:  # the library raises plain Exception
+        raise Refusal(f"{folder}/tokenizer.json is not a tokenizer.json of the tokenizers library: {error}") from None
+    config = _json(files, "tokenizer_config.json", folder)
+    if template := files.get("chat_template.jinja"):
+        config["chat_template"] = template
+    stop = _json(files, "generation_config.json", folder).get("eos_token_id")
     stop = stop if isinstance(stop, list) else [stop]
     return Tokenizer(backend, config, [i for i in stop if isinstance(i, int)])
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(files: dict[str, str], name: str, folder: Path | str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise Refusal(f"{path} cannot be read: {error}") from None
+        value = json.loads(files.get(name, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"{folder}/{name} cannot be read: {error}") from None
     return value if isinstance(value, dict) else {}
 
 
@@ -170,10 +183,13 @@ class Streamer:
 # ---------------------------------------------------------------- makers: each takes (training texts, all texts)
 
 
-def char(train: Sequence[str], corpus: Sequence[str], *, unknown: Literal["error", "unk"]) -> Tokenizer:
+def char(train: Iterable[str], corpus: Iterable[str], *, unknown: Literal["error", "unk"]) -> Tokenizer:
     """One token a character of the whole corpus, sorted, as nanoGPT's: 65 for tiny Shakespeare. `unknown` "error" makes
     other characters an error that names them, "unk" adds <unk> for them."""
-    characters = sorted(set().union(*(set(t) for t in corpus)))
+    found: set[str] = set()
+    for text in corpus:
+        found |= set(text)
+    characters = sorted(found)
     vocab = {c: i for i, c in enumerate(characters)}
     if unknown == "unk":
         vocab[UNK] = len(vocab)
@@ -183,7 +199,7 @@ def char(train: Sequence[str], corpus: Sequence[str], *, unknown: Literal["error
     return Tokenizer(backend)
 
 
-def byte(train: Sequence[str], corpus: Sequence[str]) -> Tokenizer:
+def byte(train: Iterable[str], corpus: Iterable[str]) -> Tokenizer:
     """One token a byte of UTF-8, in order, then the special tokens."""
     alphabet = _byte_alphabet()
     backend = Backend(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
@@ -193,7 +209,7 @@ def byte(train: Sequence[str], corpus: Sequence[str]) -> Tokenizer:
     return Tokenizer(backend)
 
 
-def bpe(train: Sequence[str], corpus: Sequence[str], *, vocab_size: int) -> Tokenizer:
+def bpe(train: Iterable[str], corpus: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) of at most `vocab_size` tokens, trained on the
     training texts only. Any text can be encoded: what has no merge stays bytes."""
     least = 256 + len(SPECIAL)
@@ -210,13 +226,27 @@ def bpe(train: Sequence[str], corpus: Sequence[str], *, vocab_size: int) -> Toke
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(train, trainer, length=len(train))
+    backend.train_from_iterator(train, trainer)
     return Tokenizer(backend)
 
 
-def file(train: Sequence[str], corpus: Sequence[str], *, path: str) -> Tokenizer:
+def file(train: Iterable[str], corpus: Iterable[str], *, path: str) -> Tokenizer:
     """A tokenizer that was trained elsewhere: the texts do not change it."""
     return load(path)
+
+
+def stored(train: Iterable[str], corpus: Iterable[str]) -> Tokenizer:
+    """The tokenizer that lies with the data (data=h5), which then does not call this."""
+    raise Refusal("this data brings no tokenizer: choose tokenizer=bpe, char, byte or file")
+
+
+def ids(train: Iterable[str], corpus: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Numbers for texts: for ids whose tokenizer is not at hand. Text is ids in decimal with a space between them."""
+    if vocab_size < 1:
+        raise Refusal(f"tokenizer.vocab_size={vocab_size} should be at least 1")
+    backend = Backend(models.WordLevel({str(i): i for i in range(vocab_size)}, unk_token=UNK))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(backend)
 
 
 def _byte_alphabet() -> list[str]:

@@ -1,0 +1,394 @@
+"""The files that people bring, as a stream of rows and pieces of text that can be taken up again at any place.
+
+A file's name says how it is read: .jsonl and .ndjson (a row a line), .parquet, .json whose first character is "[" (an
+array of rows); anything else is UTF-8 text. Each of them but Parquet may end in .gz or .zst. No file is ever held
+whole."""
+
+import codecs
+import contextlib
+import dataclasses
+import glob
+import gzip
+import io
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from etude.data.formats import BadRow, refuse_constant
+from etude.errors import Refusal
+
+UNIT = 1 << 21  # bytes of text that are worked on at once
+PIECE = 1 << 18  # characters that are encoded at once; a longer text is cut at a line's end
+MAX_ROW = 1 << 24  # bytes of one row: a longer one is a file of another kind, or a mistake
+READ = 1 << 20  # bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Files and how documents are made of them. `kind`: text, chats, pairs or prompts. `split`: "hash" puts a document
+    into validation by its content, "position" the last characters of all. `separator` parts text files into documents."""
+
+    kind: str
+    root: Path
+    names: tuple[str, ...]
+    val_fraction: float
+    split: str = "position"
+    format: str = "auto"
+    rename: tuple[tuple[str, str], ...] = ()
+    separator: str | None = None
+    on_error: str = "raise"
+    duplicates: str = "keep"
+    train_on: str = "assistant"
+    key: str = "data."  # before a setting's name in what the user is told to type
+
+    def settings(self) -> dict[str, Any]:
+        """What changes the documents beside the files' contents: all but where the files lie."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("root", "names", "key")}
+
+    def where(self, entry: "Entry") -> str:
+        return f"{self.root / self.names[entry.file]}" + (f":{entry.row}" if entry.row else "")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """A row (bytes of JSON, or an object) with its line's or row's number from 1 on, or a piece of a text (row 0), `final`
+    being the last one of its document."""
+
+    file: int
+    row: int
+    content: Any
+    final: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where reading goes on: a file, the byte in its uncompressed stream (lines only), the next row's number, and the
+    pieces of text that are done with."""
+
+    file: int = 0
+    byte: int = 0
+    row: int = 1
+    pieces: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unit:
+    """Entries to be worked on at once, about how many bytes they are, and where the next unit begins."""
+
+    entries: list[Entry]
+    size: int
+    then: Place
+
+
+# ---------------------------------------------------------------- which files
+
+
+def find(path_text: str, key: str = "data.path") -> tuple[Path, tuple[str, ...]]:
+    """A file, a folder (hidden files and those that are neither rows nor text left out) or a glob -> (folder, names)."""
+    path = Path(path_text).expanduser()
+    if path.is_dir():
+        found = [
+            p
+            for p in path.rglob("*")
+            if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
+        ]
+        names = [p.relative_to(path).as_posix() for p in found if p.stat().st_size and _usable(p)]
+        if not names:
+            raise Refusal(f"{key}={path_text} is a folder without text, JSONL or Parquet files")
+        return path, tuple(sorted(names))
+    if glob.has_magic(path_text) and not path.exists():
+        names = sorted(p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
+        if not names:
+            raise Refusal(f"{key}={path_text} matches no file")
+        return Path(), tuple(names)
+    if not path.exists():
+        raise Refusal(f"{key}={path_text} does not exist (looked in {Path.cwd()}); give a file, a folder or a glob")
+    if not path.is_file():
+        raise Refusal(f"{key}={path_text} is not a file")
+    if not path.stat().st_size:
+        raise Refusal(f"{key}={path_text} is empty")
+    return path.parent, (path.name,)
+
+
+def _usable(path: Path) -> bool:
+    if path.suffix in (".gz", ".zst", ".parquet"):
+        return True
+    with path.open("rb") as f:
+        return b"\0" not in f.read(4096)
+
+
+def kind_of(path: Path) -> str:
+    """How a file is read: "lines", "array", "parquet" or "text"."""
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    if name.endswith((".jsonl", ".ndjson")):
+        return "lines"
+    if path.name.lower().endswith(".parquet"):
+        return "parquet"
+    if name.endswith(".json"):
+        with opened(path) as f:
+            start = f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        return "array" if start.startswith(b"[") else "text"
+    return "text"
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file's uncompressed bytes. Raises Refusal where it is damaged, also while it is read."""
+    try:
+        if path.name.endswith(".gz"):
+            with gzip.open(path, "rb") as f:
+                yield f  # type: ignore[misc]
+        elif path.name.endswith(".zst"):
+            with path.open("rb") as raw, io.BufferedReader(Zstandard(raw), READ) as z:
+                yield z
+        else:
+            with path.open("rb") as plain:
+                yield plain
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Refusal(f"{path} is damaged or cut off: {error}; bring a whole copy") from None
+    except FileNotFoundError:
+        raise Refusal(f"{path} is not there any more") from None
+    except PermissionError:
+        raise Refusal(f"{path} may not be read; change its permissions") from None
+
+
+class Zstandard(io.RawIOBase):
+    """Uncompressed bytes of a .zst file of any number of frames. A frame that is cut off raises EOFError, which the
+    library's own reader keeps silent about. Small bites of input bound what one of them can swell to."""
+
+    def __init__(self, raw: IO[bytes]):
+        try:
+            import zstandard
+        except ImportError:
+            raise Refusal("reading .zst files needs a package: pip install zstandard") from None
+        self.raw, self.make, self.fault = raw, zstandard.ZstdDecompressor(), zstandard.ZstdError
+        self.frame: Any = None
+        self.ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        rest = b""
+        while not self.ready:
+            bite = rest or self.raw.read(4096)
+            if not bite:
+                if self.frame is not None:
+                    raise EOFError("the last frame is not complete")
+                return 0
+            self.frame = self.frame or self.make.decompressobj()
+            try:
+                self.ready = self.frame.decompress(bite)
+            except self.fault as error:
+                raise EOFError(str(error)) from None
+            rest = b""
+            if self.frame.eof:
+                rest, self.frame = self.frame.unused_data, None
+                if rest and self.ready:
+                    self.raw.seek(-len(rest), os.SEEK_CUR)
+                    rest = b""
+        n = min(len(buffer), len(self.ready))
+        buffer[:n], self.ready = self.ready[:n], self.ready[n:]
+        return n
+
+
+# ---------------------------------------------------------------- from files to units
+
+
+def units(source: Source, start: Place = Place()) -> Iterator[Unit]:  # noqa: B008
+    """Everything from `start` on, in order. How it is cut into units changes nothing that comes of it."""
+    entries: list[Entry] = []
+    size = 0
+    for entry, then in _entries(source, start):
+        entries.append(entry)
+        size += len(entry.content) if isinstance(entry.content, (bytes, str)) else 500
+        if size >= UNIT:
+            yield Unit(entries, size, then)
+            entries, size = [], 0
+    if entries:
+        yield Unit(entries, size, then)
+
+
+def _entries(source: Source, start: Place) -> Iterator[tuple[Entry, Place]]:
+    readers = {"lines": _lines, "array": _array, "parquet": _parquet, "text": _text}
+    for i in range(start.file, len(source.names)):
+        path = source.root / source.names[i]
+        place = start if i == start.file else Place(i)
+        for entry, then in readers[kind_of(path)](source, path, place):
+            yield entry, then
+
+
+def _lines(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place]]:
+    with opened(path) as f:
+        byte, row = place.byte, place.row
+        f.seek(byte) if f.seekable() else _skip(f, byte)
+        while line := f.readline(MAX_ROW):
+            byte += len(line)
+            content: Any = line
+            if len(line) == MAX_ROW and not line.endswith(b"\n"):
+                length = MAX_ROW
+                while (rest := f.readline(READ)) and length:
+                    length += len(rest)
+                    if rest.endswith(b"\n"):
+                        break
+                byte += length - MAX_ROW
+                content = BadRow(f"the row has {length:,} bytes, more than {MAX_ROW:,}")
+            elif not line.strip():
+                content = None
+            if content is not None:
+                yield Entry(place.file, row, content), Place(place.file, byte, row + 1)
+            row += 1
+
+
+def _skip(f: IO[bytes], n: int) -> None:
+    while n > 0 and (block := f.read(min(n, READ))):
+        n -= len(block)
+
+
+def _array(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place]]:
+    """The objects of a JSON array one by one; `row` is the line on which an object begins. An array cannot be read on
+    behind a mistake in its syntax, so that is refused in any case."""
+    decoder = json.JSONDecoder(parse_constant=refuse_constant)
+    with opened(path) as f:
+        text, at, line, number, ended = "", 0, 1, 0, False
+        blocks = _decoded(f, path)
+
+        def more() -> bool:
+            nonlocal text, at, line
+            line += text.count("\n", 0, at)
+            block = next(blocks, "")
+            text, at = text[at:] + block, 0
+            return bool(block)
+
+        def refuse(why: str) -> Refusal:
+            return Refusal(f"{path}:{line + text.count(chr(10), 0, at)}: {why}")
+
+        def skip_space(also: str) -> str:
+            nonlocal at
+            while True:
+                while at < len(text) and text[at] in " \t\r\n" + also:
+                    at += 1
+                if at < len(text) or not more():
+                    return text[at : at + 1]
+
+        skip_space("\ufeff")
+        at += 1  # the bracket, by which kind_of knew it
+        while not ended:
+            if (head := skip_space("," if number else "")) in ("]", ""):
+                if not head:
+                    raise refuse("the array is cut off: there is no ] at its end")
+                break
+            while True:
+                try:
+                    value, end = decoder.raw_decode(text, at)
+                    if end == len(text) and more():  # a number might go on
+                        continue
+                    break
+                except (json.JSONDecodeError, ValueError, RecursionError) as error:
+                    if len(text) - at > MAX_ROW:
+                        raise refuse(f"a row has more than {MAX_ROW:,} characters") from None
+                    if isinstance(error, RecursionError) or not more():
+                        why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                        raise refuse(f"not JSON: {why}") from None
+            number += 1
+            row = line + text.count("\n", 0, at)
+            at = end
+            if number > place.pieces:
+                yield Entry(place.file, row, value), Place(place.file, pieces=number)
+
+
+def _parquet(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise Refusal(f"reading {path} needs a package: pip install pyarrow") from None
+    row = place.row
+    try:
+        with pyarrow.parquet.ParquetFile(path) as f:
+            ends = list(itertools.accumulate(f.metadata.row_group(g).num_rows for g in range(f.num_row_groups)))
+            group = next((g for g, end in enumerate(ends) if end >= row), len(ends))
+            first = (ends[group - 1] if group else 0) + 1
+            for batch in f.iter_batches(256, row_groups=list(range(group, len(ends))), use_threads=False):
+                for value in batch.to_pylist() if first + len(batch) > row else ():
+                    if first >= row:
+                        yield Entry(place.file, first, value), Place(place.file, row=first + 1)
+                    first += 1
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise Refusal(f"{path} is not a Parquet file that can be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _text(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place]]:
+    """The pieces of each document, a document being the file, or what stands between separators."""
+    with opened(path) as f:
+        number = 0
+        for piece, final in _pieces(_decoded(f, path), source.separator):
+            number += 1
+            if number > place.pieces:
+                yield Entry(place.file, 0, piece, final), Place(place.file, pieces=number)
+
+
+def _decoded(f: IO[bytes], path: Path) -> Iterator[str]:
+    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
+    while True:
+        block = f.read(READ)
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            byte = done - (len(error.object) - len(block)) + error.start
+            raise Refusal(
+                f"{path} is not UTF-8 text: byte {byte} is 0x{error.object[error.start]:02x}; convert it or leave it out"
+            ) from None
+        done += len(block)
+        if not block:
+            return
+
+
+def _pieces(blocks: Iterator[str], separator: str | None) -> Iterator[tuple[str, bool]]:
+    """(piece, whether it ends a document). Empty documents are left out."""
+    text, begun = "", False
+    for block in itertools.chain(blocks, [None]):  # type: ignore[list-item]
+        text += block or ""
+        while separator and separator in text:
+            document, _, text = text.partition(separator)
+            for piece in _cut(document):
+                yield piece, False
+                document, begun = document[len(piece) :], True
+            if document or begun:
+                yield document, True
+            begun = False
+        if block is None:
+            break
+        held = len(separator) if separator else 0  # the separator may be half read
+        for piece in _cut(text[: len(text) - held]):
+            yield piece, False
+            text, begun = text[len(piece) :], True
+    for piece in _cut(text):
+        yield piece, False
+        text, begun = text[len(piece) :], True
+    if text or begun:
+        yield text, True
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Pieces of at most PIECE characters from the front of `text`, as long as more than that is left. Byte-level BPE parts
+    a text in front of a line's end behind a letter or digit (GPT-2's rule and Llama 3's; GPT-2's behind a mark too), so
+    cut there it is encoded as in one piece; where there is no such place the cut is anywhere."""
+    start = 0
+    while len(text) - start > PIECE:
+        limit = start + PIECE
+        ends = (_line_end(text, start + 1, limit, fitting) for fitting in (str.isalnum, lambda c: not c.isspace()))
+        end = next((end for end in ends if end > 0), limit)
+        yield text[start:end]
+        start = end
+
+
+def _line_end(text: str, start: int, end: int, fitting: Callable[[str], bool]) -> int:
+    """The last place of a line's end behind a fitting character; -1 where there is none."""
+    while (end := text.rfind("\n", start, end)) > 0 and not fitting(text[end - 1]):
+        pass
+    return end
