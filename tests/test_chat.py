@@ -706,6 +706,15 @@ def test_what_templates_make_of_what_was_said(
     assert heard(tokenizer, messages, first=2) == expected[turn:]
 
 
+def test_contents_that_look_like_what_follows() -> None:
+    """What stands between two answers may be a part of one; an answer of nothing has no range where marks enclose it."""
+    counted = with_template("{% for m in messages %}{{ messages | length }}{{ m['content'] }}\n{% endfor %}")
+    assert heard(counted, turns("q", "\n4r\n4x", "r", "b")) == ["\n4r\n4x", "b"]
+    assert heard(counted, turns("q", "x\n4r\n4", "r", "b")) == ["x\n4r\n4", "b"]
+    marked = with_template("{% for m in messages %}[{% generation %}{{ m['content'] }}{% endgeneration %}]{% endfor %}")
+    assert heard(marked, turns("", "", "", "b")) == ["b"]
+
+
 def test_a_system_that_a_template_refuses() -> None:
     """Its own words, and not a guess; without one the turns are found."""
     tokenizer = with_template("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + chat.CHATML)  # fmt: skip

@@ -16,10 +16,12 @@ import pytest
 import torch
 from conftest import varied_text
 
-from etude.data import text as text_module
+from etude.data import source
+from etude.data.base import Maker
 from etude.data.loader import Batches, Windows
-from etude.data.order import ResumableDistributedSampler, mix
-from etude.data.text import Prepared, Shakespeare, Stdlib, Text, TextData, bigram_loss, prepare
+from etude.data.order import Order, ResumableDistributedSampler, mix
+from etude.data.prepare import Prepared, bigram_loss, prepare
+from etude.data.text import Shakespeare, Stdlib, Text
 from etude.errors import Refusal, StorageFault
 from etude.text import tokenizer as tok
 
@@ -27,28 +29,32 @@ CHAR = functools.partial(tok.char, unknown="error")
 SETTINGS = dict(
     val_fraction=0.1,
     seq_len=16,
-    order="random",
+    layout="windows",
     stride=None,
-    drop_last=False,
     isolate_documents=False,
+    overlong="split",
+    order="random",
+    drop_last=False,
     workers=0,
     prefetch=2,
 )
+ROWS = dict(separator=None, format="auto", rename={}, on_error="raise", duplicates="keep", split="position")
 
 
 def corpus(path: Path, **settings) -> Text:
-    return Text(path=str(path), **(SETTINGS | settings))
+    return Text(path=str(path), **(SETTINGS | ROWS | settings))
 
 
-def prepared(path: Path, tmp_path: Path, make=tok.byte, key: str = "byte", **settings) -> tuple[TextData, Prepared]:
+def prepared(path: Path, tmp_path: Path, make=tok.byte, key: str = "byte", **settings) -> tuple[Text, Prepared]:
     data = corpus(path, **settings)
-    return data, prepare(data, make, key, str(tmp_path / "cache"))
+    (ready,) = prepare(data, Maker(key, make), str(tmp_path / "cache"))
+    return data, ready
 
 
-def batches(path: Path, tmp_path: Path, sampler: dict | None = None, **settings) -> Batches:
-    data, ready = prepared(path, tmp_path, **settings)
-    order = {"seed": 1, "batch_size": 4, "micro_batch_size": 4, "rank": 0, "world_size": 1} | (sampler or {})
-    return Batches(data, ready, order, torch.device("cpu"))
+def batches(path: Path, tmp_path: Path, cut: dict | None = None, make=tok.byte, key="byte", **settings) -> Batches:
+    data, ready = prepared(path, tmp_path, make, key, **settings)
+    sampler = {"batch_size": 4, "micro_batch_size": 4, "rank": 0, "world_size": 1} | (cut or {})
+    return Batches(data, [ready], sampler, 1, torch.device("cpu"))
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -67,9 +73,9 @@ def test_split_is_nanogpts(tmp_path: Path, n: int) -> None:
     _, ready = prepared(write(tmp_path / "a.txt", text), tmp_path, CHAR, "char")
     characters = sorted(set(text))
     for split, part in (("train", text[: int(n * 0.9)]), ("val", text[int(n * 0.9) :])):
-        assert ready.ids(split).tolist() == [characters.index(c) for c in part]
+        assert ready.ids(split)[:].tolist() == [characters.index(c) for c in part]
         assert ready.meta[f"{split}_tokens"] == len(part) and ready.meta[f"{split}_bytes"] == len(part.encode())
-    assert ready.tokenizer.decode(ready.ids("val").tolist()) == text[int(n * 0.9) :]
+    assert ready.tokenizer.decode(ready.ids("val")[:].tolist()) == text[int(n * 0.9) :]
 
 
 def test_several_documents_are_cut_at_one_position(tmp_path: Path) -> None:
@@ -85,19 +91,33 @@ def test_several_documents_are_cut_at_one_position(tmp_path: Path) -> None:
     cut = 4500 - 500 - 1500
     eos = [ready.meta["eos"]]
     expected = [b for t in [whole[0], whole[1], whole[2][:cut]] for b in [*t.encode(), *eos]]
-    assert ready.ids("train").tolist() == expected
-    assert ready.ids("val").tolist() == list(whole[2][cut:].encode())
+    assert ready.ids("train")[:].tolist() == expected
+    assert ready.ids("val")[:].tolist() == list(whole[2][cut:].encode())
     _, globbed = prepared(tmp_path / "d" / "**" / "*0.txt", tmp_path)
-    assert globbed.meta["files"] == 1 and globbed.ids("train").tolist() == list(texts["b/10.txt"][:1350].encode())
+    assert globbed.meta["files"] == 1 and globbed.ids("train")[:].tolist() == list(texts["b/10.txt"][:1350].encode())
 
 
 def test_long_documents_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cutting a long text for the encoder's memory must not lose or change a character."""
-    monkeypatch.setattr(text_module, "PIECE", 100)
-    text = varied_text(3000) + "x" * 350 + varied_text(1650, 5)
-    assert "".join(text_module._pieces(text)) == text and max(map(len, text_module._pieces(text))) <= 100
+    """Cutting a long text for the encoder's memory must not lose or change a character, nor a token where it has lines."""
+    monkeypatch.setattr(source, "PIECE", 100)
+    text = varied_text(3000) + "x" * 350 + "\n \n\n" + varied_text(1646, 5)
+    for blocks in ([text], [text[i : i + 7] for i in range(0, 5000, 7)]):
+        found = list(source._pieces(iter(blocks), None))
+        assert "".join(piece for piece, _ in found) == text
+        assert all(0 < len(piece) <= 100 for piece, _ in found) and len(found) >= 50
+        assert [final for _, final in found] == [False] * (len(found) - 1) + [True]
     _, ready = prepared(write(tmp_path / "a.txt", text), tmp_path)
-    assert bytes(ready.ids("train").tolist()).decode() == text[:4500]
+    assert bytes(ready.ids("train")[:].tolist()).decode() == text[:4500]
+
+    monkeypatch.setattr(source, "PIECE", 200)  # longer than any line
+    lines = "\n\n".join(varied_text(300, i) + "\t \n  x = 'y' \r\n" for i in range(20))
+    make = functools.partial(tok.bpe, vocab_size=400)
+    _, ready = prepared(write(tmp_path / "lines.txt", lines), tmp_path, make, "bpe")
+    cut = int(len(lines) * 0.9)
+    whole = make([lines[:cut]], [lines])
+    assert len(list(source._pieces(iter([lines]), None))) > 30 and ready.tokenizer.to_json() == whole.to_json()
+    for split, part in (("train", lines[:cut]), ("val", lines[cut:])):
+        assert ready.ids(split)[:].tolist() == whole.encode(part)
 
 
 def test_second_start_finds_the_work_done(tmp_path: Path) -> None:
@@ -111,44 +131,43 @@ def test_second_start_finds_the_work_done(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", varied_text(2000))
     _, first = prepared(path, tmp_path, make)
     _, again = prepared(path, tmp_path, make)
-    assert (again.folder, again.meta, len(calls)) == (first.folder, first.meta, 1)
+    assert (again.store.path, again.meta, len(calls)) == (first.store.path, first.meta, 1)
     os.utime(path, ns=(1, 1))
-    assert prepared(path, tmp_path, make)[1].folder == first.folder and len(calls) == 1
+    assert prepared(path, tmp_path, make)[1].store.path == first.store.path and len(calls) == 1
     moved = write(tmp_path / "other" / "a.txt", path.read_bytes())
-    assert prepared(moved, tmp_path, make)[1].folder == first.folder and len(calls) == 1
+    assert prepared(moved, tmp_path, make)[1].store.path == first.store.path and len(calls) == 1
     text = path.read_text()
     path.write_text("Q" + text[1:])  # same size
     changed = prepared(path, tmp_path, make)[1]
-    assert changed.folder != first.folder and changed.meta["sha256"] != first.meta["sha256"] and len(calls) == 2
-    assert chr(changed.ids("train")[0]) == "Q"
+    assert changed.store.path != first.store.path and changed.meta["sha256"] != first.meta["sha256"] and len(calls) == 2
+    assert chr(changed.ids("train")[:1][0]) == "Q"
     others = [prepared(path, tmp_path, make, val_fraction=0.2)[1], prepared(path, tmp_path, make, key="other")[1]]
-    assert len({first.folder, changed.folder, *(o.folder for o in others)}) == 4 and len(calls) == 4
+    assert len({p.store.path for p in (first, changed, *others)}) == 4 and len(calls) == 4
 
 
-def test_failure_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
-    """A half-made folder would be taken for a whole one at the next start."""
+def test_failure_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half-made file would be taken for a whole one at the next start. What work is done may stay, until it is used."""
     path = write(tmp_path / "a.txt", varied_text(1000))
 
     def fail(train, texts):
         raise RuntimeError("no")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError):  # Red: Journal's files are not closed when something is raised (ResourceWarning)
         prepared(path, tmp_path, fail)
 
-    class Broken(tok.Tokenizer):
-        def encode_many(self, texts):
-            raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError):
-        prepared(path, tmp_path, lambda train, texts: Broken(tok.byte(train, texts).backend))
-    assert not list((tmp_path / "cache").glob("tokens/*"))
-    assert prepared(path, tmp_path)[1].meta["train_tokens"] == 900
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(tok.Tokenizer, "encode_many", lambda self, texts: fail(texts, texts))
+        prepared(path, tmp_path)
+    assert not [p for p in (tmp_path / "cache").glob("tokens/*") if not p.name.endswith(".building")]
+    _, ready = prepared(path, tmp_path)
+    assert ready.meta["train_tokens"] == 900 and bytes(ready.ids("train")[:].tolist()) == path.read_bytes()[:900]
+    assert list((tmp_path / "cache").glob("tokens/*")) == [ready.store.path]
 
 
 def test_stdlib_is_there() -> None:
     """The default data: on every machine, without tests, vendored packages and this build's tables."""
     root, names = Stdlib(**SETTINGS).files(Path("unused"))
-    assert "json/decoder.py" in names and names == sorted(names) and len(names) > 300
+    assert "json/decoder.py" in names and list(names) == sorted(names) and len(names) > 300
     assert not any(set(Path(n).parts) & {"test", "tests", "site-packages", "_vendor"} for n in names)
     assert sum((root / n).stat().st_size for n in names) > 5_000_000
 
@@ -177,8 +196,10 @@ def test_bigram_loss() -> None:
 
 
 def sampler(n: int = 1000, **settings) -> ResumableDistributedSampler:
-    given = dict(seed=3, order="shuffle", batch_size=8, micro_batch_size=8, rank=0, world_size=1, drop_last=False)
-    return ResumableDistributedSampler(n, **(given | settings))
+    cut = dict(batch_size=8, micro_batch_size=8, rank=0, world_size=1) | settings
+    seed, kind = cut.pop("seed", 3), cut.pop("order", "shuffle")
+    order = Order(n, seed=seed, kind=kind, drop_last=cut["batch_size"] if cut.pop("drop_last", False) else 1)
+    return ResumableDistributedSampler(order, **cut)
 
 
 @pytest.mark.parametrize("order", ["random", "shuffle", "sequential"])
@@ -205,7 +226,7 @@ def test_shuffle_covers_every_window_once_an_epoch() -> None:
     for n, drop_last in ((96, False), (100, False), (100, True)):
         order = sampler(n, drop_last=drop_last)
         size = 96 if drop_last else n
-        assert order.epoch_size == size
+        assert order.order.epoch_size == size
         stream = np.concatenate([np.concatenate(order.micro_batches(s)) for s in range(4 * size // 8)])
         epochs = [stream[i : i + size].tolist() for i in range(0, 3 * size, size)]
         assert all(len(set(e)) == size for e in epochs) and len({tuple(e) for e in epochs}) == 3
@@ -226,10 +247,10 @@ def test_sequential_goes_round() -> None:
 def test_random_windows_are_uniform() -> None:
     """Chi-square over 50 classes: 49 degrees of freedom, 5 standard deviations."""
     for seed in range(3):
-        found = np.bincount(sampler(1000, seed=seed, order="random").sample(np.arange(50_000)) // 20, minlength=50)
+        found = np.bincount(Order(1000, seed=seed, kind="random").sample(np.arange(50_000)) // 20, minlength=50)
         assert ((found - 1000) ** 2 / 1000).sum() < 49 + 5 * math.sqrt(98)
-    first = sampler(10**9, seed=0, order="random").sample(np.arange(1000))
-    assert len(set(first.tolist()) & set(sampler(10**9, seed=1, order="random").sample(np.arange(1000)).tolist())) == 0
+    first, other = (Order(10**9, seed=seed, kind="random").sample(np.arange(1000)) for seed in (0, 1))
+    assert len(set(first.tolist()) & set(other.tolist())) == 0
 
 
 def test_mix_is_splitmix64() -> None:
@@ -295,7 +316,7 @@ def test_reading_draws_nothing_from_the_global_generator(tiny_text: Path, tmp_pa
 def test_windows(tiny_text: Path, tmp_path: Path) -> None:
     """Targets are the inputs shifted by one; the last window ends with the last token."""
     data, ready = prepared(tiny_text, tmp_path)
-    ids = ready.ids("train")
+    ids = ready.ids("train")[:]
     for stride in (1, 7, 16):
         windows = Windows(ready, "train", 16, stride)
         last = len(windows) - 1
@@ -312,7 +333,7 @@ def test_whole_takes_every_token_as_a_target_once(tmp_path: Path) -> None:
     """For lengths that do and do not fill the last window and the last batch."""
     for n in (170, 1609, 1610, 1611, 1770):
         stream = batches(write(tmp_path / f"{n}.txt", varied_text(n)), tmp_path)
-        ids = stream.prepared.ids("val").tolist()
+        ids = stream.prepared[0].ids("val")[:].tolist()
         seen, inputs = [], []
         for batch in stream.whole("val", 3):
             valid = batch["targets"] >= 0
@@ -326,7 +347,7 @@ def test_fixed_windows_are_the_same_at_every_call(tiny_text: Path, tmp_path: Pat
     stream = batches(tiny_text, tmp_path)
     first, second = (list(stream.fixed("val", 3, 4)) for _ in range(2))
     assert len(first) == 3 and [digest([b]) for b in first] == [digest([b]) for b in second]
-    ids = stream.prepared.ids("val").tolist()
+    ids = stream.prepared[0].ids("val")[:].tolist()
     assert first[0]["tokens"][0].tolist() == ids[:16] and first[-1]["targets"][-1].tolist() == ids[-16:]
     assert sum(len(b["tokens"]) for b in stream.fixed("val", 10**6, 64)) == len(ids) - 16, "no window twice"
 
@@ -336,7 +357,7 @@ def test_documents_are_numbered(tmp_path: Path) -> None:
     for i in range(60):
         write(tmp_path / "d" / f"{i:02}.txt", varied_text(random.Random(i).randint(1, 60), i))
     stream = batches(tmp_path / "d", tmp_path, isolate_documents=True, seq_len=50)
-    eos = stream.prepared.meta["eos"]
+    eos = stream.prepared[0].meta["eos"]
     assert eos is not None
     for batch in [next(stream.steps(0, 1))[0], *stream.whole("train", 4), *stream.fixed("val", 1, 2)]:
         tokens, found = batch["tokens"].tolist(), batch["doc_ids"].tolist()
@@ -345,7 +366,7 @@ def test_documents_are_numbered(tmp_path: Path) -> None:
     assert max(map(max, next(stream.steps(0, 1))[0]["doc_ids"].tolist())) > 0
     assert "doc_ids" not in next(batches(tmp_path / "d", tmp_path).steps(0, 1))[0]
     with pytest.raises(Refusal, match="isolate_documents=true needs a tokenizer with an end token"):
-        prepared(tmp_path / "d", tmp_path, CHAR, "char", isolate_documents=True)
+        batches(tmp_path / "d", tmp_path, make=CHAR, key="char", isolate_documents=True)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -361,9 +382,10 @@ def test_unusable_data_is_refused(tmp_path: Path) -> None:
         write(
             tmp_path / "latin.txt", text.encode() + b"caf\xe9 and on"
         ): "latin.txt is not UTF-8 text: byte 1003 is 0xe9",
-        tmp_path / "folder": "folder is a folder without text files",
+        tmp_path / "folder": "folder is a folder without text, JSONL or Parquet files",
         tmp_path / "nowhere.txt": "nowhere.txt does not exist",
         tmp_path / "*.md": "matches no file",
+        # Red: bigram_loss is NaN for a split of one token, and store.Writer takes no NaN.
         write(tmp_path / "short.txt", "short"): "the train split has 4 tokens and a sample needs 17",
         write(
             tmp_path / "short_val.txt", text[:160]
@@ -371,7 +393,7 @@ def test_unusable_data_is_refused(tmp_path: Path) -> None:
     }
     for path, message in cases.items():
         with pytest.raises(Refusal, match=message.replace("*", r"\*")):
-            prepared(path, tmp_path)
+            batches(path, tmp_path)
     for settings in (
         {"val_fraction": 0.0},
         {"val_fraction": 1.0},
@@ -387,7 +409,7 @@ def test_unusable_data_is_refused(tmp_path: Path) -> None:
 def test_unusable_cache_is_a_storage_fault(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", varied_text(1000))
     with pytest.raises(StorageFault, match=r"in_the_way.*cache_dir=FOLDER"):
-        prepare(corpus(path), tok.byte, "byte", str(write(tmp_path / "in_the_way", "a file")))
+        prepare(corpus(path), Maker("byte", tok.byte), str(write(tmp_path / "in_the_way", "a file")))
 
 
 class Dropped(io.BytesIO):
@@ -407,10 +429,10 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return answer if isinstance(answer, io.BytesIO) else io.BytesIO(answer)
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    data = Shakespeare(path=None, **SETTINGS)
+    data, maker = Shakespeare(path=None, **SETTINGS), Maker("byte", tok.byte)
     answers.append(text)
     with pytest.raises(Refusal, match=f"sha256 {hashlib.sha256(text).hexdigest()} instead of 86c4e6aa.*data.path=FILE"):
-        prepare(data, tok.byte, "byte", str(tmp_path))
+        prepare(data, maker, str(tmp_path))
     monkeypatch.setattr(Shakespeare, "sha256", hashlib.sha256(text).hexdigest())
     for fault, why in (
         (urllib.error.URLError("Name or service not known"), "Name or service not known"),
@@ -419,11 +441,11 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         answers.append(fault)
         with pytest.raises(Refusal, match=f"could not download tiny Shakespeare .*{why}.*data.path=FILE"):
-            prepare(data, tok.byte, "byte", str(tmp_path))
+            prepare(data, maker, str(tmp_path))
     assert not list(tmp_path.glob("downloads/*"))
     answers.append(text)
-    ready = prepare(data, tok.byte, "byte", str(tmp_path))
-    assert bytes(ready.ids("train").tolist()) == text[:2700]
-    prepare(data, tok.byte, "byte", str(tmp_path))  # no answer left: the copy is used
+    (ready,) = prepare(data, maker, str(tmp_path))
+    assert bytes(ready.ids("train")[:].tolist()) == text[:2700]
+    prepare(data, maker, str(tmp_path))  # no answer left: the copy is used
     given = Shakespeare(path=str(write(tmp_path / "mine.txt", text)), **SETTINGS)
-    assert prepare(given, tok.byte, "byte", str(tmp_path)).meta["train_tokens"] == 2700
+    assert prepare(given, maker, str(tmp_path))[0].meta["train_tokens"] == 2700

@@ -38,6 +38,7 @@ FLOORS = {
     "etude.loop": 4,
     "etude.analysis": 4,
     "etude.bench": 4,
+    "etude.bench_data": 4,
     "etude.training": 4,
     "etude.preparing": 4,
     "etude.preview": 4,

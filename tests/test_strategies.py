@@ -1,6 +1,5 @@
 """Strategies: losses and gradients that TRL recorded, naive formulas, one step however it is cut, and GRPO that learns."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 from etude import reward
 from etude.config import CONF, build, check
 from etude.errors import Refusal
-from etude.infer import generate
-from etude.infer.generate import Row
 from etude.interop import architectures, convert
 from etude.model.head import Scores
 from etude.model.transformer import Transformer
@@ -397,3 +394,379 @@ def test_an_answer_without_targets_is_no_nan(two: tuple[Transformer, Transformer
 def test_dpo_settings_that_do_not_fit(overrides: str, said: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(Refusal, match=said):
         check(compose("train", overrides=["strategy=dpo", *overrides.split()]), "train")
+
+
+# ---------------------------------------------------------------- completions
+
+
+def naive_advantages(rewards: list[list[float | None]], scale: str) -> list[list[float]]:
+    """losses.md, group by group with plain floats."""
+
+    def std(values: list[float]) -> float:
+        mean = sum(values) / len(values)
+        return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+
+    every = std([r for group in rewards for r in group if r is not None])
+    out = []
+    for group in rewards:
+        given = [r for r in group if r is not None]
+        mean = sum(given) / max(1, len(given))
+        by = {"group": std(given or [0.0]) + 1e-4, "batch": every + 1e-4, "none": 1.0}[scale]
+        out.append([0.0 if r is None else (r - mean) / by for r in group])
+    return out
+
+
+@pytest.mark.parametrize("scale", grpo.SCALES)
+def test_advantages_are_their_formula(scale: str) -> None:
+    """With rewards that failed, a group of which one is left, one of which none is, and one that all got right."""
+    rewards: list[list[float | None]] = [[1.0, 0.0, 0.5, 3.0], [None, 2.0, None, 1.0], [None, None, 4.0, None]]
+    rewards += [[None] * 4, [1.0] * 4]
+    flat = torch.tensor([math.nan if r is None else r for group in rewards for r in group], dtype=torch.float64)
+    found = advantages(flat, 4, scale)
+    torch.testing.assert_close(found.view(-1, 4), torch.tensor(naive_advantages(rewards, scale), dtype=torch.float64))
+    assert found.view(-1, 4)[2:].abs().max() < 1e-9
+
+
+def completed(seed: int = 0, N: int = 8, V: int = 61) -> dict[str, Any]:
+    """Random prompts and completions of any lengths with advantages, and old log-probabilities that differ from now."""
+    g = torch.Generator().manual_seed(seed)
+    size = lambda low, high: int(torch.randint(low, high, (), generator=g))  # noqa: E731
+    ids = lambda n: torch.randint(0, V, (n,), generator=g).tolist()  # noqa: E731
+    prompts, completions = [ids(size(1, 6)) for _ in range(N)], [ids(size(1, 13)) for _ in range(N)]
+    batch: dict[str, Any] = assemble(prompts, completions, None)
+    batch["advantages"] = torch.randn(N, generator=g)
+    noise = 0.3 * torch.randn(batch["tokens"].shape, generator=g)
+    with torch.no_grad():
+        old = made("dense")(batch["tokens"], targets=batch["targets"])[0].logprob
+    batch["old_logprob"] = (old + noise) * (batch["targets"] >= 0)
+    return batch | {"metrics": {}}
+
+
+def naive_grpo(model: Transformer, ref: Transformer, batch: dict[str, Any], s: dict[str, Any]) -> Tensor:
+    """The step's loss, token by token from each row's own logits."""
+    sums, lengths = [], []
+    for tokens, targets, old, A in zip(batch["tokens"], batch["targets"], batch["old_logprob"], batch["advantages"]):
+        last = max(t for t, y in enumerate(targets.tolist()) if y >= 0)
+        own, its = (m(tokens[None, : last + 1])[0] / s["temperature"] for m in (model, ref))
+        own, its = own.log_softmax(-1), its.log_softmax(-1)
+        losses = []
+        for t, y in enumerate(targets[: last + 1].tolist()):
+            if y >= 0:
+                rho = (own[t, y] - old[t]).exp()
+                gap = its[t, y].detach() - own[t, y]
+                clipped = min(max(rho, 1 - s["clip_low"]), 1 + s["clip_high"])
+                losses.append(-min(rho * A, clipped * A) + s["beta"] * rho * (gap.exp() - gap - 1))
+        sums.append(sum(losses))
+        lengths.append(len(losses))
+    return {
+        "grpo": lambda: sum(x / n for x, n in zip(sums, lengths)) / len(sums),
+        "bnpo": lambda: sum(sums) / sum(lengths),
+        "dr_grpo": lambda: sum(sums) / (len(sums) * s["max_completion"]),
+        "dapo": lambda: sum(sums) / sum(lengths),
+    }[s["reduction"]]()
+
+
+@pytest.mark.parametrize("reduction", grpo.REDUCTIONS)
+def test_grpo_is_its_formula_however_it_is_cut(reduction: str, two: tuple[Transformer, Transformer]) -> None:
+    """Loss and gradients, with a reference and a temperature; 8x1 == 4x2 == 1x8 but for bnpo, which means a micro-batch."""
+    model, ref = two
+    settings = ONLINE | {"reduction": reduction, "beta": 0.1, "temperature": 0.7, "clip_high": 0.28}
+    batch = completed()
+    model.zero_grad()
+    expected = naive_grpo(model, ref, batch, settings)
+    expected.backward()
+    wanted = grads(model)
+    strategy = GRPO(tok.byte([], []), **settings)
+    loss, metrics = step(strategy, model, ref, [batch])
+    assert loss == pytest.approx(expected.item(), rel=2e-5)
+    same(grads(model), wanted, 2e-5)
+    assert 0 < metrics["clip/low"] < 0.5 and 0 < metrics["clip/high"] < 0.5 and metrics["kl"] > 0
+    for cut in (2, 4, 8) if reduction != "bnpo" else ():
+        found, cut_metrics = step(strategy, model, ref, [b | {"metrics": {}} for b in pieces(batch, cut)])
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert cut_metrics == pytest.approx(metrics, rel=1e-5)
+        same(grads(model), wanted, 2e-5)
+
+
+def test_experts_are_balanced_in_grpo_too() -> None:
+    """A sparse model's auxiliary loss enters with the reduction's own weights, and is cut like the rest."""
+    model = made("moe")
+    batch = completed() | {"advantages": torch.zeros(8)}
+    strategy = GRPO(tok.byte([], []), **ONLINE)
+    n = (batch["targets"] >= 0).sum(1)
+    with torch.no_grad():
+        aux = model(batch["tokens"], targets=batch["targets"])[1].loss
+    loss, _ = step(strategy, model, None, [batch])
+    assert loss == pytest.approx(float((aux * n).sum() / n.sum()), rel=1e-5) and loss > 0
+    wanted = grads(model)
+    assert step(strategy, model, None, [b | {"metrics": {}} for b in pieces(batch, 8)])[0] == pytest.approx(
+        loss, rel=1e-5
+    )
+    same(
+        {k: g for k, g in grads(model).items() if wanted[k].norm() > 0},
+        {k: g for k, g in wanted.items() if g.norm() > 0},
+        1e-4,
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"logit_cap": 3.0}, {"norm_at": "post"}], ids=str)
+def test_a_tempered_model_scores_at_the_temperature(settings: dict[str, Any]) -> None:
+    """Scores and their gradients are those of logits / temperature; afterwards the model is as it was."""
+    model = made("dense", **settings)
+    batch = ragged()
+    plain = model(batch["tokens"])
+    logp = (plain / 0.6).log_softmax(-1)
+    at = batch["targets"].clamp_min(0)[..., None]
+    expected = logp.gather(-1, at)[..., 0] * (batch["targets"] >= 0)
+    expected.sum().backward()
+    wanted = grads(model)
+    model.zero_grad()
+    with tempered(model, 0.6):
+        scores, _ = model(batch["tokens"], targets=batch["targets"])
+    scores.logprob.sum().backward()
+    torch.testing.assert_close(scores.logprob, expected, rtol=1e-5, atol=1e-5)
+    same(grads(model), wanted, 1e-5)
+    with pytest.raises(ZeroDivisionError), tempered(model, 2.0):
+        raise ZeroDivisionError
+    assert torch.equal(model(batch["tokens"]), plain)
+
+
+# ---------------------------------------------------------------- rollouts
+
+TEXT = varied_text(2000)
+
+
+def talker(**changes: Any) -> tuple[Transformer, tok.Tokenizer]:
+    tokenizer = tok.byte([TEXT], [TEXT])
+    return made("dense", vocab_size=tokenizer.vocab_size, init_std=0.02, **changes), tokenizer
+
+
+def asked(tokenizer: tok.Tokenizer, *prompts: str, **fields: Any) -> dict[str, Any]:
+    ids = [tokenizer.encode(p) for p in prompts]
+    T = max(map(len, ids)) + 2
+    return {
+        "tokens": torch.tensor([i + [7] * (T - len(i)) for i in ids]),
+        "doc_ids": torch.tensor([[0] * len(i) + [-1] * (T - len(i)) for i in ids]),
+        "fields": [dict(fields) for _ in ids],
+    }
+
+
+def completions(tokenizer: tok.Tokenizer, batch: dict[str, Any]) -> list[str]:
+    return [tokenizer.decode([y for y in row.tolist() if y >= 0]) for row in batch["targets"]]
+
+
+def test_rollouts() -> None:
+    """Every completion stands behind its own prompt, its stop token is a target and not part of what is judged, old
+    log-probabilities are the model's without dropout, and the same seed draws the same."""
+    model, tokenizer = talker(dropout=0.5)
+    model.train()
+    model.head.weight.data[tokenizer.eos] = model.head.weight.data.mean(0) + 0.05  # ends some, not all
+    heard: list[tuple[str, int]] = []
+
+    def reward(completion: str, fields: dict[str, Any]) -> float:
+        heard.append((completion, fields["answer"]))
+        return float(len(completion))
+
+    settings = ONLINE | {"group_size": 16, "max_completion": 40, "temperature": 1.3, "rewards": {"long": reward}}
+    strategy = GRPO(tokenizer, **settings)
+    batch = asked(tokenizer, "abc", "What is 1 + 1?", answer=2)
+    torch.manual_seed(3)
+    made_ = strategy.collect(model, batch)
+    assert model.training
+    assert made_["tokens"].shape == made_["targets"].shape and len(made_["tokens"]) == 32 == len(heard)
+    ended = 0
+    for i, (tokens, targets, ids) in enumerate(zip(made_["tokens"], made_["targets"], made_["doc_ids"])):
+        prompt = tokenizer.encode(("abc", "What is 1 + 1?")[i // 16])
+        out = targets[targets >= 0].tolist()
+        whole = prompt + out
+        n = int((ids >= 0).sum())
+        assert tokens[:n].tolist() == whole[:-1] and n == len(whole) - 1
+        assert (targets[len(prompt) - 1 : n] >= 0).all() and (targets[n:] == -100).all()
+        stopped = out[-1] in strategy.stop_ids
+        ended += stopped
+        assert stopped or len(out) == 40
+        assert heard[i] == (tokenizer.decode(out[:-1] if stopped else out, skip_special=True), 2)
+    assert 0 < ended < 32
+    assert made_["metrics"]["completion/truncated"] == (32 - ended, 32)
+    assert made_["metrics"]["completion/length"][0] == (made_["targets"] >= 0).sum()
+    model.eval()
+    logp = (model(made_["tokens"]) / 1.3).log_softmax(-1).gather(-1, made_["targets"].clamp_min(0)[..., None])[..., 0]
+    torch.testing.assert_close(made_["old_logprob"], logp * (made_["targets"] >= 0), rtol=1e-5, atol=1e-5)
+    torch.manual_seed(3)
+    again = strategy.collect(model, batch)
+    assert torch.equal(again["targets"], made_["targets"])
+    assert not torch.equal(strategy.collect(model, batch)["targets"], made_["targets"])
+
+
+def test_equal_prompts_draw_different_numbers() -> None:
+    """Two rows with the same prompt are two groups, not one twice; with top_k=1 all are the likeliest one."""
+    model, tokenizer = talker()
+    batch = asked(tokenizer, "abc", "abc")
+    texts = completions(tokenizer, GRPO(tokenizer, **ONLINE).collect(model, batch))
+    assert len(set(texts)) == 8
+    one = GRPO(tokenizer, **ONLINE | {"top_k": 1}).collect(model, batch)
+    assert len(set(completions(tokenizer, one))) == 1
+    assert one["metrics"]["groups/no_signal"] == (2, 2)
+    narrow = GRPO(tokenizer, **ONLINE | {"top_p": 1e-6}).collect(model, batch)
+    assert completions(tokenizer, narrow) == completions(tokenizer, one)
+
+
+def test_rewards_that_fail_teach_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """None, an exception, a number that is none and a text: no advantage, out of the mean, counted, said once."""
+    model, tokenizer = talker()
+    calls = itertools.count()
+
+    def odd(completion: str, fields: dict[str, Any]) -> Any:
+        i = next(calls)
+        return [1.0, None, 1 / 0 if i == 2 else 0.0, math.inf, "text", 3.0, 2.0, math.nan][i]
+
+    strategy = GRPO(tokenizer, **ONLINE | {"rewards": {"odd": odd, "half": lambda c, f: 0.5}})
+    batch = strategy.collect(model, asked(tokenizer, "abc", "def"))
+    got = batch["advantages"].tolist()
+    assert got == pytest.approx([0, 0, 0, 0, 0, 0.5**0.5, -(0.5**0.5), 0], abs=1e-3)
+    found = {k: (float(s), float(n)) for k, (s, n) in batch["metrics"].items()}
+    assert found["reward/mean"] == (1.5 + 3.5 + 2.5, 3)
+    assert found["reward/odd"] == (6.0, 3) and found["reward/half"] == (4.0, 8)
+    assert found["reward/failed"] == (5, 8) and found["groups/no_signal"] == (1, 2)
+    assert found["reward/std"] == (pytest.approx(0.5**0.5), 1)
+    said = capsys.readouterr().err
+    assert said.count("warning: reward odd raised ZeroDivisionError: division by zero") == 1 and "text" not in said
+
+
+def test_what_a_user_can_mend_stops_the_run() -> None:
+    """A reward that looks at a field which the rows lack; prompts that leave no positions; a prompt of nothing."""
+    model, tokenizer = talker()
+    node = {"_target_": "etude.reward.exact", "_partial_": True, "field": "anser", "weight": 1.0}
+    strategy = GRPO(tokenizer, **ONLINE | {"rewards": {"exact": build(node)}})
+    with pytest.raises(Refusal, match="the field anser, and the row has answer, task: set field="):
+        strategy.collect(model, asked(tokenizer, "abc", answer=1, task="x"))
+    with pytest.raises(Refusal, match="a prompt has no tokens"):
+        strategy.collect(model, asked(tokenizer, "abc", "", anser=1))
+    limited, _ = talker(pos="learned", attn=dict(model_attn(), rope=None))
+    with pytest.raises(Refusal, match="of 21 tokens and strategy.max_completion=12 are more than the model's 32"):
+        strategy.collect(limited, asked(tokenizer, "x" * 21, anser=1))
+    batch = strategy.collect(limited, asked(tokenizer, "x" * 20, anser=1))
+    assert batch["tokens"].shape == (4, 32)  # padded to no more than there are positions
+    strategy.loss(limited, None, batch)
+
+
+def model_attn() -> dict[str, Any]:
+    from test_model import model_node, small
+
+    return model_node(*small("dense"))["attn"]
+
+
+def test_in_bfloat16_the_ratio_begins_at_one() -> None:
+    """Rollouts, old log-probabilities and loss under one autocast: nothing that sampling cached is without gradient."""
+    model, tokenizer = talker()
+    strategy = GRPO(tokenizer, **ONLINE | {"rewards": {"length": lambda c, f: float(len(c.strip()))}})
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = strategy.collect(model, asked(tokenizer, "abc", "de"))
+        loss, metrics = strategy.loss(model, None, batch)
+    n = (batch["targets"] >= 0).sum(1)
+    assert loss.item() == pytest.approx(float(-(batch["advantages"] * n).sum()), abs=1e-4)
+    assert metrics["clip/low"][0] == metrics["clip/high"][0] == 0
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_reward_rises() -> None:
+    """A bandit: the share of the letter e. From chance to most of what is written in 30 updates of the plain recipe."""
+    letters = "abcdefgh"
+    tokenizer = tok.char([letters], [letters], unknown="error")
+    model = made("dense", vocab_size=tokenizer.vocab_size, init_std=0.05)
+    share = lambda completion, fields: completion.count("e") / len(completion)  # noqa: E731
+    strategy = GRPO(tokenizer, **ONLINE | {"group_size": 8, "max_completion": 8, "rewards": {"share": share}})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch = asked(tokenizer, "a", "bcd", "hg", "fab")
+    torch.manual_seed(0)
+    curve = []
+    for _ in range(30):
+        _, metrics = step(strategy, model, None, [strategy.collect(model, batch)])
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        curve.append(metrics["reward/mean"])
+    assert sum(curve[:3]) / 3 < 0.25 and sum(curve[-3:]) / 3 > 0.8, curve
+
+
+# ---------------------------------------------------------------- rewards and config
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1.0", "1"),
+        ("Natalia sold 48/2 = 24 clips.\n#### 72", "72"),
+        ("#### 5 and no more than 9", "5"),
+        ("so $1,234.50.", "1234.5"),
+        (r"\boxed{3} is wrong, so \boxed{-1/2} (of 7)", "-1/2"),
+        ("10-3", "3"),
+        ("x = -3", "-3"),
+        ("that makes \u22124", "-4"),
+        (".5 of it", "0.5"),
+        ("1e-3", "1/1000"),
+        ("20%", "20"),
+        ("1, 2, 3", "3"),
+        ("12,34", "34"),
+        ("0.1", "1/10"),
+    ],
+)
+def test_the_final_number(text: str, number: str) -> None:
+    """Written in another way it is the same number, exactly; the sign of a subtraction is not the number's."""
+    right = lambda completion, answer: reward.number(completion, {"answer": answer}, field="answer", weight=2.0)  # noqa: E731
+    assert right(text, number) == right(number, text) == 2.0
+    assert right(text + " 987", number) == (2.0 if "####" in text or "boxed" in text else 0.0)
+    assert right("no idea", number) == 0.0
+
+
+def test_answers_that_cannot_be_judged() -> None:
+    """A field without a number; divisions by zero and numbers so long that they would take for ever are no answers."""
+    judge = lambda completion, answer: reward.number(completion, {"answer": answer}, field="answer", weight=1.0)  # noqa: E731
+    assert judge("3", "none") is None and judge("3", None) is None
+    assert judge("3", 3) == judge("0.5", 0.5) == judge("1e22", 1e22) == 1.0
+    assert judge("1/0", 1) == judge("9" * 100_000, 1) == judge("1e999999999", 1) == judge("####", 1) == 0.0
+    assert judge("####", "#### 7") == 0.0
+    assert reward.exact(" 4\n", {"a": 4}, field="a", weight=1.0) == 1.0
+    assert reward.exact("4.0", {"a": 4}, field="a", weight=1.0) == 0.0
+    assert [reward.length("x" * n, {}, limit=10, weight=0.5) for n in (0, 10, 15, 20, 99)] == [0, 0, -0.25, -0.5, -0.5]
+
+
+@pytest.mark.parametrize(("name", "data"), [("sft", "Chats"), ("dpo", "Pairs"), ("grpo", "Prompts")])
+def test_a_strategy_brings_its_data(name: str, data: str, tmp_path: Path) -> None:
+    """Unless data= is typed; and it can be built from its YAML."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        chosen = [
+            check(compose("train", overrides=o), "train")
+            for o in ([f"strategy={name}"], [f"strategy={name}", "data=stdlib"], ["data=stdlib", f"strategy={name}"])
+        ]
+    assert [c["data"]["_target_"].rpartition(".")[2] for c in chosen] == [data, "Stdlib", "Stdlib"]
+    node = chosen[0]["strategy"]
+    tokenizer = tok.byte([], [])
+    made_ = build(node, tokenizer) if node.get("_partial_") else build(node)
+    assert data.lower() in made_.kinds and not made_.needs_reference or name == "dpo"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("strategy.group_size=1", "at least 2"),
+        ("strategy.max_completion=0", "at least 1"),
+        ("strategy.temperature=0", "above 0: at 0 a group is one completion"),
+        ("strategy.clip_low=0", "strategy.clip_low=0 should be above 0"),
+        ("strategy.beta=-1", "at least 0"),
+        ("~strategy.rewards.number", "strategy.rewards is empty"),
+        ("+strategy.rewards.std={_target_:etude.reward.exact,_partial_:true,field:a,weight:1}", "choose another name"),
+        ("+strategy.rewards.l={_target_:etude.reward.length,_partial_:true,limit:0,weight:1}", "limit=0"),
+        (
+            "+strategy.rewards.l={_target_:etude.reward.lenght,_partial_:true,weight:1}",
+            "did you mean etude.reward.length",
+        ),
+        ("strategy.reduction=mean", "should be one of grpo, bnpo, dr_grpo, dapo"),
+        ("strategy.scale=std", "should be one of group, batch, none"),
+    ],
+)
+def test_grpo_settings_that_do_not_fit(override: str, said: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(Refusal, match=said):
+        check(compose("train", overrides=["strategy=grpo", override]), "train")
+    with pytest.raises(Refusal, match="top_p=2"):
+        GRPO(tok.byte([], []), **ONLINE | {"top_p": 2.0})

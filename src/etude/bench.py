@@ -29,6 +29,11 @@ def run(cfg: dict) -> int:
         raise Refusal(
             f"rounds={cfg['rounds']} and steps={cfg['steps']} should be at least 1 and warmup_steps={cfg['warmup_steps']} at least 0"
         )
+    if cfg["what"] == "prepare":
+        from etude.bench_data import prepare_rates
+
+        show(prepare_rates(cfg))
+        return 0
     other_cfg = rival(cfg["against"]) if cfg["against"] is not None else None
     data, prepared = prepare_data(cfg)
     parallel = conf.build(cfg["parallel"])
@@ -67,6 +72,8 @@ def measure(cfg: dict, session: Any, against: Any) -> dict[str, Any]:
         "precision": session.precision,
         "compile": cfg["compile"],
     }
+    if cfg["what"] == "data":
+        return result | reading(cfg, session)
     training, decoding = cfg["what"] in ("train", "all"), cfg["what"] in ("decode", "all")
     whole = tokens * cfg["steps"] if training else cfg["decode_tokens"] * cfg["decode_batch"]
     sides = [s for s in (session, against) if s is not None]
@@ -108,6 +115,23 @@ def measure(cfg: dict, session: Any, against: Any) -> dict[str, Any]:
     return result
 
 
+def reading(cfg: dict, session: Any) -> dict[str, Any]:
+    """Batches a second from the store to the loop, in turn with the other program, which prints "N batches/s"."""
+    from etude.bench_data import read_rate
+
+    ours, theirs = [], []
+    wanted = cfg | {"compare_pattern": cfg["compare_pattern"] or r"(?P<tps>[\d.,]+) batches/s"}
+    for _ in range(cfg["rounds"]):
+        ours.append(read_rate(session, cfg["steps"]))
+        if cfg["compare"] is not None:
+            theirs.append(other(wanted, 1, cfg["steps"]))
+    found = {"batches_per_s": statistics.median(ours)}
+    if theirs:
+        found["their_batches_per_s"] = statistics.median(theirs)
+        found["ratio"] = statistics.median(a / b for a, b in zip(ours, theirs))
+    return found
+
+
 def size_ratio(tokens: int, ours: dict[str, float], other: int, theirs: dict[str, float]) -> float:
     """Our tokens a second over the other side's, in one round: neighbours then disturb both alike."""
     return tokens / ours["step"] / (other / theirs["step"])
@@ -126,9 +150,9 @@ class Training:
 
     def round(self, steps: int) -> dict[str, float]:
         """Median seconds a step of each part over `steps` steps."""
-        from etude.loop import collect, gradients
+        from etude.loop import collect, gradients, weigh
 
-        s, weigh = self.session, self.session.strategy.weight
+        s = self.session
         times: list[dict[str, float]] = []
         for _ in range(steps):
             clock = Clock(s.device)
@@ -141,7 +165,7 @@ class Training:
                 s.ref,
                 s.strategy,
                 batches,
-                float(sum(map(weigh, batches))),
+                weigh(s.strategy, batches),
                 s.cfg,
                 0,
                 s.parallel,

@@ -101,7 +101,7 @@ class Generate:
 class Bench(Train):
     """bench.py takes all of train.py's keys and these; conf/bench.yaml says what each does."""
 
-    what: Literal["train", "decode", "all"]
+    what: Literal["train", "decode", "all", "data", "prepare"]
     steps: int
     warmup_steps: int
     rounds: int

@@ -102,8 +102,10 @@ def fit(
             out_of_time = float(
                 settings["max_minutes"] is not None and progress.seconds >= 60 * settings["max_minutes"]
             )
-            weight, tokens = float(sum(map(strategy.weight, collected))), float(sum(map(n_inputs, collected)))
-            weight, tokens, wanted, out_of_time = world.sum([weight, tokens, wanted, out_of_time])
+            tokens = float(sum(map(n_inputs, collected)))
+            *weight, tokens, wanted, out_of_time = world.sum(
+                [*weigh(strategy, collected), tokens, wanted, out_of_time]
+            )
             if wanted:
                 save(False)
                 raise Interrupted(
@@ -195,6 +197,12 @@ def collect(model: nn.Module, strategy: Any, batches: list[Batch], seed: int, st
     return collected
 
 
+def weigh(strategy: Any, collected: list[Batch]) -> list[float]:
+    """What the sums that a strategy calls its loss are divided by, one number for each: added up over the batches."""
+    weights = [w if isinstance(w, tuple) else (w,) for w in map(strategy.weight, collected)]
+    return [float(sum(several)) for several in zip(*weights)]
+
+
 def n_inputs(batch: Batch) -> int:
     """Tokens without padding."""
     return int((batch["doc_ids"] >= 0).sum()) if "doc_ids" in batch else batch["tokens"].numel()
@@ -205,7 +213,7 @@ def gradients(
     ref: nn.Module | None,
     strategy: Any,
     collected: list[Batch],
-    weight: float,
+    weight: list[float],
     settings: dict,
     step: int,
     parallel: Any,
@@ -222,7 +230,7 @@ def gradients(
             with autocast:
                 loss, metrics = strategy.loss(model, ref, batch)
             lap("forward")
-            (loss * (world.size / max(weight, 1.0))).backward()
+            (loss * (world.size / loss.new_tensor(weight).clamp_min(1))).sum().backward()
             lap("backward")
         sums.append(metrics)
     norm = nn.utils.clip_grad_norm_(model.parameters(), settings["clip"] or math.inf)
@@ -245,7 +253,7 @@ def warm_up(model: nn.Module, strategy: Any, ref: nn.Module | None, batches: Bat
     torch.manual_seed(0)
     with autocast:
         loss, _ = strategy.loss(model, ref, strategy.collect(model, batch))
-    loss.backward()
+    loss.sum().backward()
     model.zero_grad()
 
 
@@ -254,7 +262,10 @@ def reduce(sums: list[dict], world: World) -> dict[str, float]:
     names = world.broadcast(sorted({name for metrics in sums for name in metrics}))  # a rank may have had no batch
     flat = [float(sum(float(m[n][i]) for m in sums if n in m)) for n in names for i in (0, 1)]
     flat = world.sum(flat)
-    return {n: flat[2 * i] / max(flat[2 * i + 1], 1e-9) for i, n in enumerate(names)}
+    means = {n: flat[2 * i] / max(flat[2 * i + 1], 1e-9) for i, n in enumerate(names)}
+    if "loss" not in means and means:  # of several terms, each divided by its own count
+        means["loss"] = sum(v for n, v in means.items() if n.startswith("loss/"))
+    return means
 
 
 def router_load(sums: list[dict], world: World) -> Tensor | None:

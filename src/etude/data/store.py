@@ -2,8 +2,14 @@
 
 An H5 file has a group for a key ("val", or "train/tokens": a group in a group) and in it a data set for each segment:
 00000, 00001, ... Root attributes are JSON texts, but for `complete`, written last, and `sha256`, of the others. Data sets
-carry the `sha256` of their elements. The files written here keep their structure in HDF5's format of version 1.8, whose
-every part has a checksum, and their arrays as plain bytes at one place, so that they can be memory-mapped."""
+carry the `sha256` of their elements. The arrays of files written here lie as plain bytes at one place each, so that they
+can be memory-mapped.
+
+libhdf5 (2.0) trusts what it reads: in files of its oldest format, which h5py still writes unless told otherwise, one
+flipped bit in a thousand ended the process, and a tenth gave other elements without an error; texts of variable length
+made it hang. So only files are read whose structure has checksums throughout: superblock 2, as written here, and 3 for
+chunks (libver="latest"), without such texts. Random damage is then found before anything is done with it. A file made
+to harm, with right checksums, can still crash libhdf5."""
 
 import bisect
 import collections
@@ -52,6 +58,8 @@ BLOCK = 1 << 23  # bytes copied or hashed at a time
 RESERVED = {"complete", "sha256"}
 
 MEND = "bring a whole copy of it, or run the command that made it again"
+RENEW = 'write it anew with etude.data.store.save_h5, or with h5py.File(..., libver="latest")'
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 # ---------------------------------------------------------------- reading
@@ -119,8 +127,8 @@ class Store:
     @overload
     def fetch(self, key: str, segment: int, begin: int, end: int) -> np.ndarray: ...
     @overload
-    def fetch(self, key: Sequence[str], segment: int, begin: int, end: int) -> dict[str, np.ndarray]: ...
-    def fetch(self, key: str | Sequence[str], segment: int, begin: int, end: int) -> np.ndarray | dict[str, np.ndarray]:
+    def fetch(self, key: list[str], segment: int, begin: int, end: int) -> dict[str, np.ndarray]: ...
+    def fetch(self, key: str | list[str], segment: int, begin: int, end: int) -> np.ndarray | dict[str, np.ndarray]:
         """Elements begin to end of a segment of one key, or of each of several, read-only. Raises ValueError for an
         unknown key, IndexError for a place that is not there."""
         if not isinstance(key, str):
@@ -209,12 +217,14 @@ class _File:
         self.path = path
         if not _size(path):
             raise Refusal(f"{path} is empty: {MEND}")
+        self.superblock = _superblock(path)
         with self.damage():
             self.h5 = h5py.File(path, "r", locking=False, rdcc_nbytes=CHUNK_CACHE, rdcc_nslots=CHUNK_SLOTS)
             self.fd: int = self.h5.id.get_vfd_handle()
             status = os.fstat(self.fd)
             self.size, self.seen = status.st_size, (status.st_size, status.st_mtime_ns)
-            if not self._mark("complete"):
+            mark = self._attribute("/", "complete")
+            if not (isinstance(mark, np.ndarray) and mark.shape == () and mark):
                 raise Refusal(f"{path} was not finished: run the command that made it again")
             self.arrays = self._look()
             self.attributes = self._attributes()
@@ -230,8 +240,6 @@ class _File:
             raise
         except Exception as error:
             why = " ".join(str(error).split())
-            if "file signature not found" in why:
-                raise Refusal(f"{where} is not an HDF5 file: data are made with python prepare.py") from None
             if "truncated file" in why:
                 raise Refusal(f"{where} is cut short: {MEND}") from None
             raise Refusal(f"{where} is damaged ({_short(why) or type(error).__name__}): {MEND}") from None
@@ -273,8 +281,11 @@ class _File:
                 found = h5o.open(group, link)
                 if not isinstance(found, (h5g.GroupID, h5d.DatasetID)):
                     raise self._refuse(child, "it is neither a group nor a data set")
-                if h5o.get_info(found).rc != 1:
+                info = h5o.get_info(found)
+                if info.rc != 1:
                     raise self._refuse(child, "several links lead to it")
+                if info.hdr.version < 2:
+                    raise self._refuse(child, "its structure has no checksums", RENEW)
             yield child, found
 
     def _segments(self, key: str, children: list[tuple[str, Any]]) -> list[_Array]:
@@ -328,6 +339,8 @@ class _File:
 
     def _check_chunks(self, name: str, dataset: Any, chunk: int, size: int, filtered: bool) -> None:
         """Every chunk is there, and can be what it says."""
+        if self.superblock < 3:
+            raise self._refuse(name, "the list of its chunks has no checksums", RENEW)
         chunk_size = chunk * dataset.dtype.itemsize
         wanted = -(-size // chunk_size)
         if chunk_size > MAX_CHUNK:
@@ -356,50 +369,45 @@ class _File:
 
     # -------- attributes
 
-    def _mark(self, name: str) -> bool:
-        """Whether an attribute is a true number."""
-        if name not in self.h5.attrs or self.h5.attrs.get_id(name).get_storage_size() > 8:
-            return False
-        value = self.h5.attrs[name]
-        return isinstance(value, (np.bool_, np.integer)) and bool(value)
+    def _attribute(self, name: str, attribute: str) -> bytes | np.ndarray | None:
+        """An attribute of an object: text or numbers, None if there is none."""
+        attributes = self.h5[name].attrs
+        if attribute not in attributes:
+            return None
+        stored = attributes.get_id(attribute)
+        kind = stored.get_type()
+        if kind.get_class() == h5t.STRING and kind.is_variable_str():
+            raise self._refuse(f"{name}@{attribute}", "this text has no fixed length, and so no checksum")
+        if kind.get_class() not in (h5t.STRING, h5t.INTEGER, h5t.FLOAT, h5t.ENUM):
+            raise self._refuse(f"{name}@{attribute}", "this attribute is neither text nor numbers")
+        if stored.get_storage_size() > MAX_ATTRIBUTES:
+            raise self._refuse(f"{name}@{attribute}", f"it has more than {MAX_ATTRIBUTES:,} bytes")
+        value = attributes[attribute]
+        return bytes(value) if isinstance(value, bytes) else np.asarray(value)
 
     def _attributes(self) -> dict[str, Any]:
         """The root attributes but the two of the file itself. Raises Refusal if their checksum says that they changed."""
-        room = MAX_ATTRIBUTES
         found: dict[str, Any] = {}
+        room = MAX_ATTRIBUTES
         for name in self.h5.attrs:
             room -= self.h5.attrs.get_id(name).get_storage_size()
             if room < 0:
-                raise self._refuse(name, f"the attributes have more than {MAX_ATTRIBUTES:,} bytes")
-            if name not in RESERVED:
-                found[name] = self._value(name)
+                raise self._refuse("/", f"its attributes have more than {MAX_ATTRIBUTES:,} bytes")
+            if name in RESERVED:
+                continue
+            value = self._attribute("/", name)
+            found[name] = (
+                json.loads(value) if isinstance(value, bytes) else value.tolist() if value is not None else None
+            )
         known = self.sha256("/")
         if known is not None and known != _attributes_sha256(found):
-            raise self._refuse(
-                "/", "its attributes are damaged: they have another sha256 than when they were written", MEND
-            )
+            raise self._refuse("/", "its attributes have another sha256 than when they were written", MEND)
         return found
-
-    def _value(self, name: str) -> Any:
-        """JSON, or for files that others made a text or numbers."""
-        value = self.h5.attrs[name]
-        if isinstance(value, (np.generic, np.ndarray)) and value.dtype.kind in "biuf":
-            return value.tolist()
-        text = value.decode() if isinstance(value, bytes) else value
-        if not isinstance(text, str):
-            raise self._refuse(name, "this attribute is neither text nor numbers")
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
 
     def sha256(self, name: str) -> str | None:
         """The attribute sha256 of an object, None if it has none."""
-        attributes = self.h5[name].attrs
-        if "sha256" not in attributes or attributes.get_id("sha256").get_storage_size() > 256:
-            return None
-        value = attributes["sha256"]
-        return value.decode("ascii") if isinstance(value, bytes) else value if isinstance(value, str) else None
+        value = self._attribute(name, "sha256")
+        return value.decode("ascii") if isinstance(value, bytes) else None
 
     # -------- elements
 
@@ -453,7 +461,7 @@ def verify(path: str | Path) -> None:
             raise file._refuse(array.name, "it has no sha256 by which it could be verified")
         digest = hashlib.sha256()
         for block in file.blocks(array):
-            digest.update(block)
+            digest.update(block.data)
         if digest.hexdigest() != known:
             raise file._refuse(array.name, "it is damaged: it has another sha256 than when it was written", MEND)
 
@@ -550,7 +558,10 @@ class Flat:
             return rows[at]
         out = np.empty((len(at), length), dtype=self.dtype)
         for row, begin in zip(out, at.tolist()):
-            row[:] = self.read(begin, begin + length)
+            i = bisect.bisect_right(self._starts, begin) - 1
+            start = begin - self._starts[i]
+            piece = segments[i][start : start + length]
+            row[:] = piece if len(piece) == length else self.read(begin, begin + length)
         return out
 
 
@@ -665,10 +676,16 @@ class Writer:
                 f"could not write {self.path}: {error.strerror or error} after {self.bytes:,} bytes of arrays; make room, or choose another place"
             ) from None
 
-    def _check(self) -> None:
-        if self.sink.error is not None:
-            with self._faults():
-                raise self.sink.error
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[h5py.File]:
+        """Around every use of h5py: the disk's error is raised instead of what h5py makes of it."""
+        assert self.h5 is not None, "the file is closed"
+        try:
+            yield self.h5
+        finally:
+            if self.sink.error is not None:
+                with self._faults():
+                    raise self.sink.error
 
     def add(self, key: str, array: Any) -> None:
         """One more segment of `key`: an array or tensor of one dimension. Raises Refusal for what cannot be stored."""
@@ -724,7 +741,7 @@ class Writer:
         for block in blocks:
             data[at : at + len(block)] = block
             self._check()
-            digest.update(block)
+            digest.update(block.data)
             at += len(block)
             self.bytes += block.nbytes
         data.attrs.create("sha256", np.bytes_(digest.hexdigest().encode()))
@@ -800,6 +817,21 @@ def _size(path: Path) -> int:
     return status.st_size
 
 
+def _superblock(path: Path) -> int:
+    """The version of a file's superblock, which lies at byte 0, 512, 1024, 2048, ... Raises Refusal if there is none, or
+    one without a checksum."""
+    with _reading(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for at in (0, *(512 << i for i in range(48))):
+            file.seek(min(at, size))
+            if file.read(len(SIGNATURE)) == SIGNATURE:
+                version = (file.read(1) or b"\xff")[0]
+                if version < 2:
+                    raise Refusal(f"{path} is of HDF5's oldest format, whose structure has no checksums: {RENEW}")
+                return version
+    raise Refusal(f"{path} is not an HDF5 file: data are made with python prepare.py")
+
+
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
@@ -810,7 +842,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _read_at(fd: int, out: np.ndarray, offset: int) -> None:
     """Fill `out` from a file. Raises OSError if it ends before."""
-    left = memoryview(out).cast("B")
+    left = memoryview(out.data).cast("B")
     while left:
         n = os.preadv(fd, [left], offset)
         if not n:

@@ -141,7 +141,9 @@ class GRPO:
             )
         rows = [Row(p, i * self.group_size + g) for i, p in enumerate(prompts) for g in range(self.group_size)]
         sampling = dataclasses.replace(self.sampling, seed=int(torch.randint(2**63 - 1, ())))
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+        device = next(model.parameters()).device.type
+        # Every length would be compiled anew; and keys and values are kept in the weights' type, which autocast's is not.
+        with torch.compiler.set_stance("force_eager"), torch.autocast(device, enabled=False):
             for _ in decode(model, rows, sampling, self.max_completion, self.stop_ids, can_cache(model)):
                 pass
         return rows
