@@ -672,6 +672,9 @@ OPENED = """{% for m in messages %}{% if m['role'] == 'user' %}U{{ m['content'] 
 # As Phi-3's: an end of text behind the last turn alone.
 CLOSED = """{% for m in messages %}{{ m['role'] + '\\n' + m['content'] + '<|im▁end|>' + '\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant\\n' }}{% else %}{{ eos_token }}{% endif %}"""
+# As gpt-oss's: the last turn ends with another token. As Command-R7B's: with two of them.
+RETURNED = """{% for m in messages %}{{ '<|im▁start|>' + m['role'] + '\\n' + m['content'] + ('<|im▁end|>' if not loop.last or m['role'] == 'user' else eos_token) }}{% endfor %}{% if add_generation_prompt %}{{ '<|im▁start|>assistant\\n' }}{% endif %}"""
+TWICE = chat.CHATML.replace(IM_END, IM_END + EOS)
 # As GLM-4's: the next turn's first token is the only end.
 ENDLESS = """{% for m in messages %}{{ '<|im▁start|>' + m['role'] + '\\n' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<|im▁start|>assistant\\n' }}{% endif %}"""
 THOUGHT = turns("q", "<think>\nhm\n</think>\n\nfirst", "r", "<think>\noh\n</think>\n\nsecond")
@@ -683,6 +686,8 @@ SAID = [
     ("an empty thought", THINKING, turns("q", "first", "r", "second"), [f"first{IM_END}", f"<think>\n\n</think>\n\nsecond{IM_END}"]),
     ("an opened thought", OPENED, THOUGHT, [f"\n\nfirst{EOS}", f"\n\nsecond{EOS}"]),
     ("the text's end", CLOSED, turns("q", "first", "r", "second\n"), [f"first{IM_END}", f"second\n{IM_END}"]),
+    ("another end", RETURNED, turns("q", "first", "r", "second"), [f"first{IM_END}", f"second{EOS}"]),
+    ("two ends", TWICE, turns("q", "first", "r", "second"), [f"first{IM_END}{EOS}", f"second{IM_END}{EOS}"]),
     ("no end", ENDLESS, turns("q", "first\n", "r", "second \n"), ["first\n", "second \n"]),
     ("no end, no beginning", "{% for m in messages %}{{ m['content'] }}\n{% endfor %}", turns("q", "a\n", "r", "b"), ["a\n", "b"]),
     ("never asked", "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}", turns("q", "a", "r", "b"), ["assistant: a", "assistant: b"]),
@@ -715,12 +720,31 @@ def test_contents_that_look_like_what_follows() -> None:
     assert heard(marked, turns("", "", "", "b")) == ["b"]
 
 
+def test_marks_behind_the_last_turn_alone() -> None:
+    """As in TRL's Phi-3: what is marked there belongs to the last turn, with the marks of its content."""
+    tokenizer = with_template(GENERATING + "{% if not add_generation_prompt %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}")  # fmt: skip
+    messages = turns("q", "a", "r", "b")
+    assert heard(tokenizer, messages) == [f"a{IM_END}", f"b{IM_END}", EOS]
+    assert heard(tokenizer, messages, last_only=True) == heard(tokenizer, messages, first=2) == [f"b{IM_END}", EOS]
+
+
 def test_a_system_that_a_template_refuses() -> None:
     """Its own words, and not a guess; without one the turns are found."""
     tokenizer = with_template("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + chat.CHATML)  # fmt: skip
     with pytest.raises(Refusal, match="^the chat template refuses: System role not supported$"):
         chat.spans(tokenizer, [system("x"), *turns("q", "a")], last_only=False)
     assert heard(tokenizer, turns("q", "a")) == [f"a{IM_END}"]
+
+
+def test_a_template_that_leaves_the_answer_out() -> None:
+    """As those of models of images do, which want contents in parts: nothing is trained on its ends alone."""
+    for marks in ("", "{% generation %}"):
+        parts = f"{{% for c in m['content'] %}}{{% if c.type == 'text' %}}{{{{ c.text }}}}{{% endif %}}{{% endfor %}}{IM_END}"
+        marked = marks + parts + marks.replace("gen", "endgen")
+        tokenizer = with_template("{% for m in messages %}" + marked + "{% endfor %}")
+        with pytest.raises(Refusal, match="does not show what the assistant said"):
+            chat.spans(tokenizer, turns("q", "a"), last_only=False)
+        assert chat.end_of_turn(tokenizer) == set()
 
 
 @pytest.mark.parametrize("content", ["{{ m['content'] | upper }}{{ messages | length }}", "{{ m['content'] | tojson }}", "{{ m['content'][:1] }}"])  # fmt: skip

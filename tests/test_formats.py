@@ -630,7 +630,7 @@ def test_rows_that_cannot_be_encoded() -> None:
         assert alone.ids.tolist() == among.ids.tolist() and alone.targets.tolist() == among.targets.tolist()
     [same] = encode([Example([Q], [[A], [{"role": "assistant", "content": "a\n"}]])], with_template(LLAMA2), "pairs")
     assert str(same) == "chosen and rejected are the same tokens: there is nothing to prefer"
-    [silent] = encode([chats(Q, A)], with_template("{{ messages[0]['content'] }}{% generation %}{% endgeneration %}"), "chats")  # fmt: skip
+    [silent] = encode([chats(Q, A)], with_template("{% for m in messages %}{{ m['content'] }}{% generation %}{% endgeneration %}{% endfor %}"), "chats")  # fmt: skip
     assert str(silent) == "no target: no token of the row is to be predicted from one before it"
     assert [str(r) for r in encode([Example([Q], [])], with_template(""), "prompts")] == ["the prompt has no token"]
 

@@ -32,11 +32,12 @@ def show(cfg: dict, data: Any, prepared: list[Prepared]) -> int:
         for row in range(len(batch["tokens"])):
             name = ("chosen " if row == 0 else "rejected ") if len(batch["tokens"]) > 1 else ""
             for document, (ids, wanted) in enumerate(documents(batch, row)):
-                console.rule(f"sample {number}, {name}document {document}: {len(ids)} tokens, {int(wanted.sum())} targets", align="left")
+                counts = f"{len(ids)} tokens, {int(wanted.sum())} targets"
+                console.print(f"── sample {number}, {name}document {document}: {counts}", style="bold", markup=False)
                 console.print(coloured(tokenizer, ids, wanted, console.is_terminal))
         if "fields" in batch:
             console.print(f"fields: {json.dumps(batch['fields'][0], ensure_ascii=False)}", markup=False)
-    console.rule("data", align="left")
+    console.print("── data", style="bold", markup=False)
     for line in summary(batches):
         console.print(line, markup=False)
     strategy = cfg["strategy"]["_target_"].rpartition(".")[2]

@@ -47,7 +47,8 @@ def encode(
     that are strings are tokenised apart, as they are when the model answers, and an end token follows; plain text
     among chats is a completion without a prompt. Special tokens are recognised in all of them, but not in kind "text".
     `train_on`: "assistant", every turn of the assistant; "completion", its last one; "all". Of a prompt with a completion the
-    first two are the completion's, and pairs are always trained on those. A document's first token is no target."""
+    first two are the completion's, and pairs are always trained on those. But in kind "text" a document's first token is no
+    target."""
     if train_on not in TRAIN_ON:
         raise Refusal(f"data.train_on={train_on} is unknown{did_you_mean(train_on, list(TRAIN_ON))}")
     if kind == "text":
@@ -170,10 +171,10 @@ def _tokens(encoding: Encoding, start: int, end: int) -> slice:
     if first is None:
         return slice(0, 0)
     last = next(t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None)
-    while (place := encoding.token_to_chars(last + 1)) is not None and place[
-        0
-    ] < end:  # the last character's other bytes
+    following = encoding.token_to_chars(last + 1)
+    while following is not None and following[0] < end:  # other bytes of the last character
         last += 1
+        following = encoding.token_to_chars(last + 1)
     return slice(first, last + 1)
 
 

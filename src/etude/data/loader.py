@@ -366,12 +366,12 @@ class Batches:
         for name, part, p, data in zip(self.data.parts(), self.data.parts().values(), self.prepared, self.train_sets):
             if isinstance(data, Windows) and not p.meta["dropped"]:
                 continue
-            left_out = Counter(p.meta["dropped"]) + data.dropped
             line = f"{len(data):,} samples" + (f" of {name}" if name else "")
             if isinstance(data, Documents):
                 line = f"{len(data.row_of) // data.per_sample:,} rows in {line}"
                 line += f", {data.efficiency:.1%} full" if part.layout == "packed" else ""
-            lines.append(line + "".join(f"; {n:,} {why}" for why, n in left_out.items()))
+            line += "".join(f"; {n:,} left out: {why}" for why, n in p.meta["dropped"].items())
+            lines.append(line + "".join(f"; {n:,} {why}" for why, n in data.dropped.items()))
         return lines
 
     def steps(self, start: int, stop: int | None) -> Generator[list[Batch], None, None]:

@@ -38,8 +38,8 @@ class Mixture:
             if not isinstance(part, Files):
                 raise Refusal(f"data.sources.{name} is of a kind that cannot be mixed: use files or rows, such as data=text")
             for key in ("seq_len", "workers", "prefetch"):
-                if getattr(part, key) != getattr(self, key):
-                    raise Refusal(f"data.sources.{name}.{key} differs from the mixture's: set data.{key}")
+                if (its := getattr(part, key)) != (own := getattr(self, key)):
+                    raise Refusal(f"data.sources.{name}.{key}={its} and data.{key}={own} should be the same: set both")
             if part.drop_last:
                 raise Refusal(f"data.sources.{name}.drop_last=true has no meaning in a mixture: no batch is a source's own")
         kinds = {("text" if part.kind == "chats" else part.kind) for part in self.sources.values()}

@@ -64,7 +64,7 @@ class GRPO:
         reduction: Literal["grpo", "bnpo", "dr_grpo", "dapo"],
         rewards: dict[str, Any],
     ):
-        self.check(group_size, max_completion, temperature, clip_low, clip_high, beta, rewards)
+        self.check(group_size, max_completion, temperature, top_k, top_p, clip_low, clip_high, beta, rewards)
         self.tokenizer, self.stop_ids = tokenizer, tokenizer.stop_ids | chat.end_of_turn(tokenizer)
         self.group_size, self.max_completion = group_size, max_completion
         self.sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -78,6 +78,8 @@ class GRPO:
         group_size: int,
         max_completion: int,
         temperature: float,
+        top_k: int | None,
+        top_p: float | None,
         clip_low: float,
         clip_high: float,
         beta: float,
@@ -92,6 +94,10 @@ class GRPO:
             raise ValueError(f"strategy.max_completion={max_completion} should be at least 1")
         if not temperature > 0:
             raise ValueError(f"strategy.temperature={temperature} should be above 0: at 0 a group is one completion")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"strategy.top_k={top_k} should be at least 1, or null for all")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"strategy.top_p={top_p} should be above 0 and at most 1, or null for all")
         if not 0 < clip_low <= 1 or not clip_high > 0:
             raise ValueError(
                 f"strategy.clip_low={clip_low} should be above 0 and at most 1, strategy.clip_high={clip_high} above 0"
@@ -180,11 +186,10 @@ class GRPO:
         found = ~groups.isnan()
         lowest, highest = groups.nan_to_num(math.inf).amin(1), groups.nan_to_num(-math.inf).amax(1)
         silent = (lowest >= highest).sum()  # also where no reward or one alone was given
-        several = found.sum(1) > 1
         metrics = {f"reward/{name}": (r.nansum(), (~r.isnan()).sum()) for name, r in judged.items()}
         return metrics | {
             "reward/mean": (rewards.nansum(), found.sum()),
-            "reward/std": (deviation(groups, 1)[several].sum(), several.sum()),  # within a group
+            "reward/std": (deviation(groups, 1).sum(), (found.sum(1) > 1).sum()),  # within a group
             "reward/failed": ((~found).sum(), torch.tensor(found.numel())),
             "groups/no_signal": (silent, torch.tensor(len(groups))),
         }

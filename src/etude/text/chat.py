@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 from etude.errors import Refusal
@@ -27,6 +28,10 @@ CHATML = (
 # Marks in a rendered text that are taken out again: code points that Unicode keeps free of characters for ever.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+UNSEEN = (
+    "the chat template does not show what the assistant said: put {% generation %} and {% endgeneration %} around it in the "
+    "chat_template of tokenizer_config.json, or train on whole chats with data.train_on=all"
+)
 GROWN = 64  # turns, the last ones, that are found by rendering up to each: all of them would take the square of their number
 
 
@@ -61,7 +66,12 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool, mark
 
 def end_of_turn(tokenizer: Tokenizer) -> set[int]:
     """The special token that the template puts behind an answer, where it puts one there."""
-    id = tokenizer.backend.token_to_id(_behind(tokenizer)[1].strip())
+    try:
+        _, stop, special = _behind(tokenizer)
+    except Refusal:
+        return set()
+    first = re.match(special, stop.lstrip())
+    id = tokenizer.backend.token_to_id(first.group()) if first else None
     return set() if id is None else {id}
 
 
@@ -83,8 +93,8 @@ def spans(
     said = said[-1:] if last_only else said
     if not said:
         return text, []
-    marked = _marked(tokenizer, messages, text, said)
-    if marked is not None:
+    _behind(tokenizer)
+    if (marked := _marked(tokenizer, messages, text, said)) is not None:
         return text, marked
     found = {i: r for i in said[-GROWN:] if (r := _grown(tokenizer, messages, i, text)) is not None}
     if missing := [i for i in said if i not in found]:
@@ -101,7 +111,8 @@ def _marked(tokenizer: Tokenizer, messages: list[Message], text: str, said: list
         return None
     before = sum(m["role"] == "assistant" for m in messages[: said[0]])
     if before and len(found) != sum(m["role"] == "assistant" for m in messages):  # not one a turn
-        before = len(_enclosed(_render(tokenizer, messages[: said[0]], False, marked=True))[1])
+        asked = len(commonprefix([text, render(tokenizer, messages[: said[0]], reply=True)]))
+        before = sum(b <= asked for _, b in found)
     return found[before:]
 
 
@@ -120,7 +131,7 @@ def _grown(tokenizer: Tokenizer, messages: list[Message], i: int, text: str) -> 
         after = text if i + 1 == len(messages) else render(tokenizer, messages[: i + 1], reply=False)
     except Refusal:
         return None
-    behind, stop = _behind(tokenizer)
+    behind, stop, _ = _behind(tokenizer)
     start, end = len(before), len(after) - len(behind) + len(stop)
     grows = text.startswith(after) and after.startswith(before) and after.endswith(behind)
     return (start, end) if grows and start < end else None
@@ -134,7 +145,7 @@ def _kept(tokenizer: Tokenizer, messages: list[Message], said: list[int], text: 
     marks = {i: f"{OPEN * n}{i}{CLOSE}" for i in said}
     bare = [m | {"content": marks[i]} if i in marks else m for i, m in enumerate(messages)]
     skeleton = render(tokenizer, bare, reply=False)
-    stop = _behind(tokenizer)[1]
+    _, stop, special = _behind(tokenizer)
     pieces = re.split(f"({OPEN * n}[0-9]+{CLOSE})", skeleton)
     found: dict[int, tuple[int, int]] = {}
     at = len(pieces[0])
@@ -143,13 +154,11 @@ def _kept(tokenizer: Tokenizer, messages: list[Message], said: list[int], text: 
             end = _end(text, at, messages[i]["content"], piece, last=2 * len(found) + 3 == len(pieces))
             if end is None:
                 break
-            found[i] = at, end + (len(stop) if piece.startswith(stop) else 0)
+            other = re.match(special, piece) if stop else None  # gpt-oss ends its last turn with another token
+            found[i] = at, end + len(stop if piece.startswith(stop) else other.group() if other else "")
             at = end + len(piece)
     if len(found) < len(marks):
-        raise Refusal(
-            "the chat template does not show what the assistant said: put {% generation %} and {% endgeneration %} around "
-            "it in the chat_template of tokenizer_config.json, or train on whole chats with data.train_on=all"
-        )
+        raise Refusal(UNSEEN)
     return found
 
 
@@ -166,22 +175,23 @@ def _end(text: str, at: int, content: str, piece: str, last: bool) -> int | None
 
 
 @functools.lru_cache(maxsize=8)
-def _behind(tokenizer: Tokenizer) -> tuple[str, str]:
-    """-> (what the template writes behind an answer, its beginning up to the special token that ends the turn, "" where
-    there is none)."""
+def _behind(tokenizer: Tokenizer) -> tuple[str, str, str]:
+    """-> (what the template writes behind a last answer; its beginning up to the special tokens that end the turn, "" where
+    there is none; a pattern of any special token). Raises Refusal where the template leaves the answer out, as those do
+    that want a list of parts."""
+    special = [t.content for t in tokenizer.backend.get_added_tokens_decoder().values() if t.special]
+    special += [t for i in tokenizer.stop_ids if (t := tokenizer.token(i))]
+    either = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
     mark = f"{OPEN}{CLOSE}"
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
     try:
-        _, found, behind = render(tokenizer, talk, reply=False).rpartition(mark)
+        _, shown, behind = render(tokenizer, talk, reply=False).rpartition(mark)
     except Refusal:
-        return "", ""
-    if not found:
-        return "", ""
-    special = [t.content for t in tokenizer.backend.get_added_tokens_decoder().values() if t.special]
-    special += [t for i in tokenizer.stop_ids if (t := tokenizer.token(i))]
-    either = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-    stop = re.match(rf"\s*({either})", behind) if special else None
-    return behind, stop.group() if stop else ""
+        return "", "", either
+    if not shown:
+        raise Refusal(UNSEEN)
+    stop = re.match(rf"\s*({either})+", behind)
+    return behind, stop.group() if stop else "", either
 
 
 @functools.lru_cache(maxsize=16)
