@@ -333,7 +333,6 @@ def test_rows_are_no_longer_than_seq_len() -> None:
         data = Documents(prepared, "train", node(kind, "unused", seq_len=40, layout="documents"))
         batch = next(data.whole(3))
         assert (batch["doc_ids"] >= 0).sum(1).tolist() == lengths
-        # Red: padded rows are rounded up to a multiple of ROUND=32, here 64; model=gpt has no position 40.
         assert batch["tokens"].shape[1] <= 40, kind
 
 
@@ -414,10 +413,10 @@ def test_accounts_say_what_became_of_the_rows() -> None:
     prepared.meta["dropped"] = {"the line is empty": 3}
     batches = reader(node("text", "unused", seq_len=8, layout="packed", overlong="right"), [prepared])
     assert batches.accounts() == [
-        "3 rows in 3 samples, 83.3% full; 3 the line is empty; 1 overlong, cut on the right; 1 no target"
+        "3 rows in 3 samples, 83.3% full; 3 left out: the line is empty; 1 overlong, cut on the right; 1 no target"
     ]
     batches = reader(node("text", "unused", seq_len=8), [prepared])
-    assert batches.accounts() == ["37 samples; 3 the line is empty"]
+    assert batches.accounts() == ["37 samples; 3 left out: the line is empty"]
 
 
 # ---------------------------------------------------------------- packed training is training on each document alone
@@ -748,8 +747,8 @@ def test_mixtures_that_make_no_sense_are_refused(folder: Path) -> None:
         ({"a": a, "b": b}, {"a": -1.0, "b": 1.0}, {}, "data.weights.a=-1.0 should be above 0"),
         ({"a": a, "p": part("pairs")}, None, {}, "holds pairs and text, which one strategy cannot train on together"),
         ({"b": b, "p": part("prompts")}, None, {}, "holds prompts and text"),
-        ({"a": a, "b": part(seq_len=32)}, None, {}, "data.sources.b.seq_len differs from the mixture's: set data.seq_len"),
-        ({"a": a, "b": part(workers=1)}, None, {}, "data.sources.b.workers differs"),
+        ({"a": a, "b": part(seq_len=32)}, None, {}, "data.sources.b.seq_len=32 and data.seq_len=48 should be the same"),
+        ({"a": a, "b": part(workers=1)}, None, {}, "data.sources.b.workers=1 and data.workers=0"),
         ({"a": a, "b": part(order="shuffle", drop_last=True)}, None, {}, "data.sources.b.drop_last=true has no meaning"),
         ({"a": a}, None, {"temperature": 0.0}, "data.temperature=0.0 should be above 0"),
         ({"a": a}, None, {"temperature": -1.0}, "data.temperature=-1.0 should be above 0"),

@@ -158,7 +158,7 @@ class Training:
             clock = Clock(s.device)
             batches = next(self.stream)
             clock.lap("data")
-            batches = collect(s.model, s.strategy, batches, s.cfg["seed"], 0, 0)
+            batches = collect(s.model, s.strategy, batches, s.cfg["seed"], 0, 0, s.autocast)
             clock.lap("collect")
             gradients(
                 s.model,

@@ -30,7 +30,7 @@ class Progress:
     step: int = 0  # updates done, which is the next step's number
     tokens: int = 0  # training tokens seen, all ranks
     seconds: float = 0.0  # spent training, over all resumes
-    best_loss: float = math.inf
+    best: float = math.inf  # value of the strategy's goal; -inf to begin with where it is to rise
     best_step: int = 0
     bad_evals: int = 0  # since the best
     skipped: int = 0  # updates left out for non-finite gradients
@@ -90,6 +90,8 @@ def fit(
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
     if world.size > 1:
         warm_up(model, strategy, ref, batches, progress.step, autocast)
+    if not progress.best_step:
+        progress.best = goal(strategy)[1] * math.inf
     display.start(progress.step, limit)
     last_log, begun = (time.perf_counter(), progress.tokens), time.perf_counter() - progress.seconds
     with StopSignals() as signals, contextlib.closing(batches.steps(progress.step, limit)) as stream:
@@ -97,7 +99,7 @@ def fit(
             step = progress.step
             progress.seconds = time.perf_counter() - begun
             steps = limit or estimate_steps(step, progress.seconds, settings["max_minutes"])
-            collected = collect(model, strategy, next(stream, []), settings["seed"], step, world.rank)
+            collected = collect(model, strategy, next(stream, []), settings["seed"], step, world.rank, autocast)
             wanted = float(signals.name is not None)
             out_of_time = float(
                 settings["max_minutes"] is not None and progress.seconds >= 60 * settings["max_minutes"]
@@ -160,13 +162,14 @@ def fit(
             if due(done, settings["eval_every"]) or (last and settings["eval_every"] is not None):
                 found = evaluate(False)
                 values |= found
-                better = found["val/loss"] < progress.best_loss
+                name, sign = goal(strategy)
+                better = sign * found[f"val/{name}"] < sign * progress.best
                 progress.bad_evals = 0 if better else progress.bad_evals + 1
                 if better:
-                    progress.best_loss, progress.best_step = found["val/loss"], done
+                    progress.best, progress.best_step = found[f"val/{name}"], done
                 patience = settings["early_stopping"]
                 if patience is not None and progress.bad_evals >= patience:
-                    last = last or f"no better validation loss for {patience} evaluations"
+                    last = last or f"no better validation {name} for {patience} evaluations"
             if last:
                 values |= evaluate(True)
             if world.rank == 0:
@@ -187,14 +190,22 @@ def fit(
                 return last
 
 
-def collect(model: nn.Module, strategy: Any, batches: list[Batch], seed: int, step: int, rank: int) -> list[Batch]:
+def collect(
+    model: nn.Module, strategy: Any, batches: list[Batch], seed: int, step: int, rank: int, autocast: Any
+) -> list[Batch]:
     """What the strategy trains on: the batches, or what it makes of them with the model. Whatever it draws is keyed by
     the global micro-batch."""
     collected = []
     for i, batch in enumerate(batches):
         torch.manual_seed(key(seed, "collect", step, rank * len(batches) + i))
-        collected.append(strategy.collect(model, batch))
+        with autocast:
+            collected.append(strategy.collect(model, batch))
     return collected
+
+
+def goal(strategy: Any) -> tuple[str, int]:
+    """(metric of evaluations, 1 where the lowest is the best, -1 where the highest): the loss, unless the strategy says."""
+    return getattr(strategy, "goal", ("loss", 1))
 
 
 def weigh(strategy: Any, collected: list[Batch]) -> list[float]:
@@ -326,9 +337,8 @@ def validate(
     for i, batch in enumerate(batches):
         if i % world.size == world.rank:
             torch.manual_seed(key(seed, "validate", i))
-            batch = strategy.collect(model, batch)
             with autocast:
-                metrics = strategy.loss(model, ref, batch)[1]
+                metrics = strategy.loss(model, ref, strategy.collect(model, batch))[1]
             metrics.pop("router/load", None)
             sums.append({k: (float(s), float(n)) for k, (s, n) in metrics.items()})
     model.train(training)

@@ -124,9 +124,10 @@ class Session:
         self.model.to(self.device)
         made = conf.build(cfg["strategy"])
         self.strategy = made(self.tokenizer) if cfg["strategy"].get("_partial_") else made
-        if self.meta["kind"] not in self.strategy.kinds:
+        kinds = getattr(self.strategy, "kinds", ("text", "chats"))
+        if self.meta["kind"] not in kinds:
             raise Refusal(
-                f"this strategy trains on {' or '.join(self.strategy.kinds)} and the data holds {self.meta['kind']}; leave out data=, or choose data={self.strategy.kinds[0]}"
+                f"this strategy trains on {' or '.join(kinds)} and the data holds {self.meta['kind']}; leave out data=, or choose data={kinds[0]}"
             )
         # The model as it was before the first step of the first run: a resumed run makes it anew, from the same seed.
         self.ref = copy.deepcopy(self.model).eval().requires_grad_(False) if self.strategy.needs_reference else None
@@ -374,8 +375,9 @@ class Session:
             self.tracker.open(self.folder, cfg, self.progress.step)
         display.say(self.start_summary(limit))
         if cfg["compile"]:
-            for block in self.model.blocks:
-                block.compile()
+            for model in (self.model, self.ref):
+                for block in model.blocks if model is not None else ():
+                    block.compile()
         model = self.parallel.wrap(self.model, self.world)
         try:
             reason = fit(
@@ -474,6 +476,7 @@ class Session:
 
     def end_summary(self, reason: str, status: runs.Status) -> list[str]:
         from etude.infer.generate import can_cache
+        from etude.loop import goal
 
         metrics = status.fields["metrics"]
         minutes, seconds = divmod(round(self.progress.seconds), 60)
@@ -485,7 +488,7 @@ class Session:
         ]
         if self.progress.best_step:
             lines.append(
-                f"best     step {self.progress.best_step}, validation {self.progress.best_loss:.4f} over the same {self.cfg['eval_iters'] or 'whole'} batches each time"
+                f"best     step {self.progress.best_step}, validation {goal(self.strategy)[0]} {self.progress.best:.4f} over the same {self.cfg['eval_iters'] or 'whole'} batches each time"
             )
         pairs = self.sample(self.progress.step)
         for prompt, text in pairs:

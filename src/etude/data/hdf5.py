@@ -99,14 +99,20 @@ class File:
         self.open: collections.OrderedDict[str, h5py.Dataset] = collections.OrderedDict()
         with self.damage():
             self.h5 = h5py.File(path, "r", locking=False, rdcc_nbytes=CHUNK_CACHE, rdcc_nslots=CHUNK_SLOTS)
-            self.fd: int = self.h5.id.get_vfd_handle()
-            status = os.fstat(self.fd)
-            self.size, self.seen = status.st_size, (status.st_size, status.st_mtime_ns)
-            mark = self.attribute("/", "complete")
-            if not (isinstance(mark, np.ndarray) and mark.shape == () and mark):
-                raise Refusal(f"{path} was not finished: run the command that made it again")
-            self.arrays = self._look()
-            self.attributes = self._attributes()
+        try:
+            with self.damage():
+                self.fd: int = self.h5.id.get_vfd_handle()
+                status = os.fstat(self.fd)
+                self.size, self.seen = status.st_size, (status.st_size, status.st_mtime_ns)
+                mark = self.attribute("/", "complete")
+                if not (isinstance(mark, np.ndarray) and mark.shape == () and mark):
+                    raise Refusal(f"{path} was not finished: run the command that made it again")
+                self.arrays = self._look()
+                self.attributes = self._attributes()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.h5.close()
+            raise
 
     @contextlib.contextmanager
     def damage(self, name: str = "") -> Iterator[None]:
@@ -222,10 +228,10 @@ class File:
             raise self.refusal(name, "the list of its chunks has no checksums", RENEW)
         if chunk > MAX_CHUNK:
             raise self.refusal(name, f"its chunks have {chunk:,} bytes and {MAX_CHUNK:,} is the most")
-        if dataset.get_storage_size() * MAX_RATIO < size:
-            raise self.refusal(name, f"its {size:,} bytes were never written: what is stored cannot be as many", MEND)
         if wanted > MAX_CHUNKS:
             raise self.refusal(name, f"it has {wanted:,} chunks and {MAX_CHUNKS:,} is the most")
+        if dataset.get_storage_size() * MAX_RATIO < size:
+            raise self.refusal(name, f"its {size:,} bytes were never written: what is stored cannot be as many", MEND)
         # Where a filter cannot make a chunk smaller it makes it larger by a thousandth at most.
         least, most = (1, chunk + chunk // 1000 + 64) if filtered else (chunk, chunk)
         found = wrong = 0
@@ -519,7 +525,7 @@ class Writer:
         if self.h5 is not None:
             with contextlib.suppress(Exception):
                 self.h5.close()
-        self.h5 = None
+        self.h5 = self.sink.error = None
         with contextlib.suppress(OSError):
             os.unlink(self.temporary)
         os.close(self.fd)

@@ -188,7 +188,7 @@ class Documents(Dataset):
         whole = self.kind == "prompts"
         rows = [row for i in indices for row in self.rows(i)]
         widths = [sum(int(self.end[p] - self.begin[p]) - (not whole) for p in row) for row in rows]
-        T = self.seq_len if self.fixed_width else -(-max(widths) // ROUND) * ROUND
+        T = self.seq_len if self.fixed_width else min(-(-max(widths) // ROUND) * ROUND, self.seq_len)
         tokens = np.full((len(rows), T), self.filler, dtype=np.int64)
         targets = np.full((len(rows), T), IGNORED, dtype=np.int64)
         doc_ids = np.full((len(rows), T), PADDING, dtype=np.int64)

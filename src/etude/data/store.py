@@ -84,7 +84,7 @@ class Memory(Store):
                 raise ValueError(f"{key!r} has a segment of shape {wrong[0]}; segments have one dimension")
 
     def _open(self) -> dict[str, list[Segment]]:
-        return {key: [_frozen(a) for a in several] for key, several in self.arrays.items()}
+        return {key: [_frozen(np.ascontiguousarray(a)) for a in several] for key, several in self.arrays.items()}
 
 
 class Bin(Store):
@@ -99,7 +99,8 @@ class Bin(Store):
             size = size_of(path)
             if not size or size % self.dtype.itemsize:
                 raise Refusal(
-                    f"{path} has {size} bytes, which is no whole number of {dtype} ids: bring a whole copy of it, or set the dtype with which it was written"
+                    f"{path} has {size} bytes, which is no whole number of {dtype} ids: bring a whole copy of it, or set "
+                    "the dtype with which it was written"
                 )
 
     def _open(self) -> dict[str, list[Segment]]:
@@ -111,8 +112,9 @@ class Bin(Store):
 
 
 class H5(Store):
-    """An HDF5 file in the layout above. It is checked when it is first read from, without reading its arrays. Raises
-    Refusal for anything unusual: what reads files of others' is not to be led to other files, nor into huge memory."""
+    """An HDF5 file in the layout of etude.data.hdf5, memory-mapped where it is not in chunks. It is looked through when it
+    is first read from. Raises Refusal for anything unusual: the file of somebody else is not to lead to other files, nor
+    into memory that is not there."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()

@@ -47,6 +47,7 @@ class GRPO:
     narrow what is drawn, not what is learnt."""
 
     kinds = ("prompts",)
+    goal = ("reward/mean", -1)  # the loss of completions that were just drawn says little
 
     def __init__(
         self,
