@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import random
 import time
 import types
@@ -325,7 +326,9 @@ def test_prompts_keep_their_fields() -> None:
 
 
 def test_rows_are_no_longer_than_seq_len() -> None:
-    """Learned positions go no further, and memory was planned for so many."""
+    """Learned positions go no further, and memory was planned for so many. Packed rows all have one width: one shape."""
+    short = Documents(handmade("text", numbered([9])), "train", node("text", "unused", seq_len=100, layout="packed"))
+    assert short.__getitems__([0])["tokens"].shape == (1, 100)
     documents = numbered([41, 2, 12])
     for kind, lengths in (("text", [40, 1, 11]), ("prompts", [38, 2, 12])):
         given = [d[:38] for d in documents] if kind == "prompts" else documents
@@ -405,6 +408,18 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
             # Red: Documents.__getitems__ checks inputs only, and not the id behind the last of them.
             with pytest.raises(Refusal, match="by hand, row .* of train .*token id 1000000 is outside the vocabulary"):
                 next(reader(data, [prepared]).steps(0, 1))
+
+
+def test_what_a_worker_refuses_is_one_line() -> None:
+    """As it would be without workers: not the traceback of another process."""
+    prepared = handmade("text", [[1, 2, 3, 4], [1, 10**6, 2, 4]])
+    said = []
+    for workers in (0, 1):
+        with pytest.raises(Refusal) as refused:
+            next(reader(node("text", "unused", seq_len=6, workers=workers), [prepared]).steps(0, 1))
+        said.append(str(refused.value))
+    # Red: torch wraps it as Refusal("Caught Refusal in DataLoader worker process 0.\nOriginal Traceback ...").
+    assert said[1] == said[0] and "\n" not in said[0]
 
 
 def test_accounts_say_what_became_of_the_rows() -> None:
@@ -947,7 +962,8 @@ def compressed(file: Path, target: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize("way", ["mapped", "chunked"])
 def test_workers_read_a_file_that_the_parent_has_open(way: str, folder: Path, tmp_path: Path) -> None:
-    """A fork shares h5py's file handle and its place in the file: it gave wrong values. Parent and workers read at once."""
+    """A fork shares h5py's file handle and may share its place in the file: each process opens its own. Parent and workers
+    read at once."""
     file = prepared_file(packed(folder), tmp_path / "chats.h5")
     if way == "chunked":
         file = compressed(file, tmp_path / "compressed.h5")
@@ -966,3 +982,12 @@ def test_workers_read_a_file_that_the_parent_has_open(way: str, folder: Path, tm
         assert prepared.ids("train").read(begin, begin + 500).tolist() == whole[begin : begin + 500]
     assert found == expected
     assert len(whole) > 4000 and len(collections.Counter(whole)) > 30
+
+    fork, here = multiprocessing.get_context("fork"), prepared.store.segments()
+    answers = fork.SimpleQueue()
+    child = fork.Process(
+        target=lambda: answers.put((prepared.ids("train")[:].tolist() == whole, prepared.store.segments() is here))
+    )
+    child.start()
+    child.join(30)
+    assert answers.get() == (True, False) and prepared.store.segments() is here

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,18 +268,20 @@ def _sums(pair: tuple[Store, Flat]) -> tuple[int, int, int]:
     return int(sum(s.fetch("k", i, 0, n).sum() for i, n in enumerate(s.lengths("k")))), int(flat[:].sum()), os.getpid()
 
 
-@pytest.mark.parametrize("make", [_mapped, _gzip, _bin, _in_memory])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes(make: Callable[[Path], Store], method: str, tmp_path: Path) -> None:
+def test_other_processes(method: str, tmp_path: Path) -> None:
     """A store that was opened and read here gives the same in workers, both at once, and here afterwards."""
-    s = make(tmp_path)
-    flat = Flat(s, "k")
-    here = _sums((s, flat))
-    assert here[:2] == (IDS.sum(), IDS.sum())
+    stores = []
+    for make in (_mapped, _gzip, _bin, _in_memory):
+        (folder := tmp_path / make.__name__).mkdir()
+        s = make(folder)
+        stores.append((s, Flat(s, "k")))
+    right = (IDS.sum(), IDS.sum())
+    assert all(_sums(pair)[:2] == right for pair in stores)
     with multiprocessing.get_context(method).Pool(2) as pool:
-        there = pool.map(_sums, [(s, flat)] * 8, chunksize=1)
-    assert {t[:2] for t in there} == {here[:2]} and os.getpid() not in {t[2] for t in there}
-    assert _sums(pickle.loads(pickle.dumps((s, flat)))) == here
+        there = pool.map(_sums, stores * 4, chunksize=1)
+    assert {t[:2] for t in there} == {right} and os.getpid() not in {t[2] for t in there}
+    assert all(_sums(pickle.loads(pickle.dumps(pair))) == _sums(pair) for pair in stores)
 
 
 def test_inherited_by_fork(tmp_path: Path) -> None:
@@ -579,6 +582,14 @@ def _twice_compressed(f: h5py.File) -> None:
     h5d.create(f.create_group("k").id, b"00000", h5t.NATIVE_UINT16, h5s.create_simple((1000,)), dcpl=p)
 
 
+def _other_order(f: h5py.File) -> None:
+    _dataset(f, "k/00000", (100,), set_chunk=((100,),), set_deflate=(9,), set_shuffle=())
+
+
+def _huge_lzf_chunk(f: h5py.File) -> None:
+    f.create_dataset("k/00000", (1 << 23,), np.uint8, chunks=(1 << 23,), compression="lzf")
+
+
 def _unknown_filter(f: h5py.File) -> None:
     _dataset(f, "k/00000", (100,), set_chunk=((100,),), set_filter=(305, 1, (1, 2)))
 
@@ -685,13 +696,15 @@ HOSTILE: dict[Callable[[h5py.File], None], str] = {
     _absurd_gzip: "'k/00000': it has 953,674,317 chunks",
     _absurd_chunks: "'k/00000': its 1,000,000,000,000 bytes were never written",
     _absurd_contiguous: "'k/00000': its 1,000,000,000,000,000 elements were never written",
+    _huge_lzf_chunk: "'k/00000': its chunks have 8,388,608 bytes and 4,194,304",
     _huge_chunk: "'k/00000': its chunks have 134,217,728 bytes",
     _tiny_chunks: "'k/00000': it has 2,000,000 chunks",
     _unwritten: "'k/00000': its 1,000 elements were never written",
     _unwritten_chunks: "'k/00001': 1 of its 10 chunks were never written",
     _unfilled_gzip: "'k/00000': 7 of its 10 chunks were never written",
     _long_chunk: "'k/00000': 1 of its chunks cannot be true",
-    _twice_compressed: "'k/00000': it is compressed more than once",
+    _twice_compressed: "'k/00000': it is filtered more than once",
+    _other_order: "'k/00000': it is filtered more than once, or in another order",
     _unknown_filter: "'k/00000': it needs HDF5's filter number 305",
     _plugin_filter: "'k/00000': it needs HDF5's filter number 6",
     _cycle: "several links lead to it",
@@ -847,6 +860,35 @@ def test_damaged_chunk(tmp_path: Path) -> None:
     with pytest.raises(Refusal) as caught:
         s.fetch("k", 0, 2990, 3010)
     one_line(caught, path, "'k/00000'", "damaged")
+
+
+BOMB = """
+import resource, sys
+from etude.data.store import H5
+from etude.errors import Refusal
+
+s = H5(sys.argv[1])
+assert s.fetch("k", 0, 0, 10).tolist() == list(range(10))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    s.fetch("k", 0, 0, 2_000_000)
+except Refusal as error:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
+"""
+
+
+def test_a_chunk_that_inflates_without_end(tmp_path: Path) -> None:
+    """A quarter of a megabyte of gzip that is 256 MB: libhdf5 would make them, for a chunk of one."""
+    with h5py.File(path := tmp_path / "a.h5", "w", **LATEST) as f:
+        d = f.create_dataset("k/00000", (2_000_000,), np.uint8, chunks=(1_000_000,), compression="gzip")
+        d[:] = np.arange(2_000_000).astype(np.uint8)
+        d.id.write_direct_chunk((1_000_000,), zlib.compress(bytes(1 << 28), 9))
+        f.attrs["complete"] = True
+    done = python(BOMB, path)
+    assert done.returncode == 0, done.stderr
+    grown, _, message = done.stdout.partition(" ")
+    assert int(grown) < 30_000, "kB"
+    assert "'k/00000': chunk 1 is larger than it says" in message and str(path) in message
 
 
 # ---------------------------------------------------------------- writing

@@ -21,6 +21,7 @@ import json
 import mmap
 import os
 import stat
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -37,12 +38,14 @@ _NATIVE = [(dtype, h5t.py_create(dtype, logical=True)) for dtype in TYPES.values
 MAX_OBJECTS = 100_000
 MAX_ATTRIBUTES = 1 << 28  # bytes, all together
 MAX_CHUNK = 1 << 26  # bytes
+MAX_LZF_CHUNK = 1 << 22  # it can grow 88-fold when it is read
 MAX_CHUNKS = 1_000_000  # of one data set: they are all looked at when a file is opened
 MAX_RATIO = 1032  # the best that gzip can do: a data set that is larger than this times what is stored is none
+# In the order in which h5py applies them; others would be loaded from the machine's folder of plug-ins.
 FILTERS = {
+    h5z.FILTER_SHUFFLE: "shuffle",
     h5z.FILTER_DEFLATE: "gzip",
     h5z.FILTER_LZF: "lzf",
-    h5z.FILTER_SHUFFLE: "shuffle",
     h5z.FILTER_FLETCHER32: "fletcher32",
 }
 # HDF5 does not cache a chunk that is larger than the cache, and would inflate it anew for every window read from it.
@@ -60,12 +63,15 @@ RENEW = 'write it anew with etude.data.store.save_h5, or with h5py.File(..., lib
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One data set. `offset` is its first byte in the file, None where h5py must read it."""
+    """One data set. `offset` is its first byte in the file, None where h5py must read it; then `chunk` is the number of
+    elements of a chunk, 0 if there are none, and `gzip` the place of that filter, None without."""
 
     name: str
     dtype: np.dtype
     length: int
     offset: int | None
+    chunk: int = 0
+    gzip: int | None = None
 
 
 class Chunked:
@@ -97,6 +103,7 @@ class File:
         self.superblock = _superblock(path)
         self.objects = 0
         self.open: collections.OrderedDict[str, h5py.Dataset] = collections.OrderedDict()
+        self.inflated: dict[str, bytearray] = {}  # which chunks were found to be no larger than they should be
         with self.damage():
             self.h5 = h5py.File(path, "r", locking=False, rdcc_nbytes=CHUNK_CACHE, rdcc_nslots=CHUNK_SLOTS)
         try:
@@ -196,8 +203,8 @@ class File:
             if unknown := [f for f in filters if f not in FILTERS]:
                 known = ", ".join(FILTERS.values())
                 raise self.refusal(name, f"it needs HDF5's filter number {unknown[0]}, which is none of {known}")
-            if len(set(filters)) < len(filters):
-                raise self.refusal(name, "it is compressed more than once")
+            if filters != [f for f in FILTERS if f in filters]:
+                raise self.refusal(name, "it is filtered more than once, or in another order than h5py's")
             kind = dataset.get_type()
             dtype = next((d for d, native in _NATIVE if kind.equal(native)), None)
             if dtype is None:
@@ -210,8 +217,11 @@ class File:
             if not length:
                 return Array(name, dtype, 0, 0)
             if layout == h5d.CHUNKED:
-                self._check_chunks(name, dataset, plan.get_chunk()[0] * dtype.itemsize, size, bool(filters))
-                return Array(name, dtype, length, None)
+                chunk = int(plan.get_chunk()[0])
+                most = MAX_LZF_CHUNK if h5z.FILTER_LZF in filters else MAX_CHUNK
+                self._check_chunks(name, dataset, chunk * dtype.itemsize, most, size, bool(filters))
+                gzip = filters.index(h5z.FILTER_DEFLATE) if h5z.FILTER_DEFLATE in filters else None
+                return Array(name, dtype, length, None, chunk, gzip)
             offset = dataset.get_offset() if layout == h5d.CONTIGUOUS else None
             if dataset.get_storage_size() < size or (layout == h5d.CONTIGUOUS and offset is None):
                 raise self.refusal(name, f"its {length:,} elements were never written", MEND)
@@ -221,13 +231,13 @@ class File:
                 )
             return Array(name, dtype, length, offset)
 
-    def _check_chunks(self, name: str, dataset: Any, chunk: int, size: int, filtered: bool) -> None:
-        """That every chunk (of `chunk` bytes) of `size` bytes is there, and can be what it says."""
+    def _check_chunks(self, name: str, dataset: Any, chunk: int, largest: int, size: int, filtered: bool) -> None:
+        """That every chunk (of `chunk` bytes, `largest` at most) of `size` bytes is there, and can be what it says."""
         wanted = -(-size // chunk)
         if self.superblock < 3:
             raise self.refusal(name, "the list of its chunks has no checksums", RENEW)
-        if chunk > MAX_CHUNK:
-            raise self.refusal(name, f"its chunks have {chunk:,} bytes and {MAX_CHUNK:,} is the most")
+        if chunk > largest:
+            raise self.refusal(name, f"its chunks have {chunk:,} bytes and {largest:,} is the most")
         if wanted > MAX_CHUNKS:
             raise self.refusal(name, f"it has {wanted:,} chunks and {MAX_CHUNKS:,} is the most")
         if dataset.get_storage_size() * MAX_RATIO < size:
@@ -312,7 +322,22 @@ class File:
                     self.open.popitem(last=False)
                 self.open[array.name] = self.h5[array.name]
             self.open.move_to_end(array.name)
+            if array.gzip is not None:
+                self._inflate(array, range(begin // array.chunk, (begin + len(out) - 1) // array.chunk + 1))
             self.open[array.name].read_direct(out, np.s_[begin : begin + len(out)])
+
+    def _inflate(self, array: Array, chunks: Iterable[int]) -> None:
+        """Look at each chunk once before libhdf5 does: it would inflate a megabyte to a gigabyte, whatever a chunk's size.
+        Raises Refusal for one that is too large."""
+        seen = self.inflated.setdefault(array.name, bytearray(-(-array.length // array.chunk)))
+        size = array.chunk * array.dtype.itemsize
+        for i in chunks:
+            if not seen[i]:
+                left_out, stored = self.open[array.name].id.read_direct_chunk((i * array.chunk,))
+                applied = not left_out >> (array.gzip or 0) & 1
+                if applied and len(zlib.decompressobj().decompress(stored, size + 1)) > size:
+                    raise self.refusal(array.name, f"chunk {i} is larger than it says", MEND)
+                seen[i] = 1
 
     def blocks(self, array: Array) -> Iterator[np.ndarray]:
         """The elements of a data set piece by piece, read and not mapped; each is lost when the next is asked for."""
@@ -328,14 +353,14 @@ class File:
     def verify(self) -> None:
         """Compare every data set with its checksum; the attributes were compared when the file was opened. Raises
         Refusal naming the first data set that is damaged or has none."""
-        for name in ("/", *(a.name for arrays in self.arrays.values() for a in arrays)):
-            if self.sha256(name) is None:
-                raise self.refusal(name, "it has no sha256 by which it could be verified")
+        known = {n: self.sha256(n) for n in ("/", *(a.name for arrays in self.arrays.values() for a in arrays))}
+        if lacking := [name for name, digest in known.items() if digest is None]:
+            raise self.refusal(lacking[0], "it has no sha256 by which it could be verified")
         for array in (a for arrays in self.arrays.values() for a in arrays):
             digest = hashlib.sha256()
             for block in self.blocks(array):
                 digest.update(block.data)
-            if digest.hexdigest() != self.sha256(array.name):
+            if digest.hexdigest() != known[array.name]:
                 raise self.refusal(array.name, "it is damaged: it has another sha256 than when it was written", MEND)
 
 
@@ -402,9 +427,9 @@ class Writer:
         self.sink = _Sink(self.fd)
         try:
             with self._writing():
-                # Objects at multiples of 64 bytes, so that elements in the memory map are aligned.
+                # Large arrays begin at multiples of 64 bytes. Small ones do not: the gaps would be searched for each.
                 self.h5 = h5py.File(
-                    self.sink, "w", libver=("v108", "v108"), alignment_threshold=1, alignment_interval=64
+                    self.sink, "w", libver=("v108", "v108"), alignment_threshold=4096, alignment_interval=64
                 )
                 for name, text in texts.items():
                     self.h5.attrs.create(name, np.bytes_(text.encode()))
@@ -475,8 +500,9 @@ class Writer:
             raise ValueError(f"{key!r} cannot be a key: it should be NAME or NAME/NAME, in printable characters")
         if any(k.startswith(f"{key}/") or key.startswith(f"{k}/") for k in self.counts):
             raise ValueError(f"{key!r} cannot be a key beside {', '.join(self.counts)}: one would lie in the other")
+        file = self._file()
         with self._writing():
-            self._file().create_group(key)
+            file.create_group(key)
         self.counts[key] = 0
 
     def _file(self) -> h5py.File:
@@ -485,12 +511,13 @@ class Writer:
         return self.h5
 
     def _append(self, key: str, dtype: np.dtype, length: int, blocks: Iterable[np.ndarray]) -> None:
+        file = self._file()
         self.empty(key)
         if sum(self.counts.values()) + 2 * len(self.counts) >= MAX_OBJECTS:
             raise Refusal(f"{self.path} would have more than {MAX_OBJECTS:,} data sets and groups: join some segments")
         digest, at = hashlib.sha256(), 0
         with self._writing():
-            data = self._file().create_dataset(f"{key}/{self.counts[key]:05d}", (length,), dtype, fill_time="never")
+            data = file.create_dataset(f"{key}/{self.counts[key]:05d}", (length,), dtype, fill_time="never")
         for block in blocks:
             with self._writing():
                 data[at : at + len(block)] = block
@@ -517,15 +544,17 @@ class Writer:
             self.abort()
             raise
         self.h5 = None
+        self.sink.error = OSError("closed")
         os.close(self.fd)
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        self.sink.error = self.sink.error or OSError("given up")  # what h5py still has to write is not needed
+        # What h5py still has to write is not needed; and it must never reach whatever file has this number next.
+        self.sink.error = self.sink.error or OSError("given up")
         if self.h5 is not None:
             with contextlib.suppress(Exception):
                 self.h5.close()
-        self.h5 = self.sink.error = None
+        self.h5 = None
         with contextlib.suppress(OSError):
             os.unlink(self.temporary)
         os.close(self.fd)

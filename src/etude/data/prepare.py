@@ -34,7 +34,7 @@ COMMIT_SECONDS = 2.0
 SEGMENT = 1 << 26  # elements
 DROP, TRAIN, VAL, CUT = 0, 1, 2, 3  # what becomes of an entry
 SPLITS = {TRAIN: "train", VAL: "val"}
-BASELINE = 20_000_000  # training tokens that the bigram model counts at most
+BASELINE = 5_000_000  # training tokens that the bigram model counts at most
 
 Make = Callable[[Iterable[str], Iterable[str]], tok.Tokenizer]
 Arrays = dict[str, list[np.ndarray]]

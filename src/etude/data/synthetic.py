@@ -47,9 +47,9 @@ ASK = ("What is {}?", "Calculate {}.", "How much is {}?", "Work out {}.", "Find 
 
 
 def _near(rng: random.Random, n: int) -> str:
-    """A number that is not n: a slip of one, two or ten, or two digits the wrong way round."""
-    turned = int(str(abs(n))[::-1]) if n > 9 else n
-    return str(rng.choice([m for m in (n + 1, n - 1, n + 2, n + 10, n - 10, turned) if m != n and m >= 0]))
+    """A number that is not n: a slip of one or two, or in longer ones of ten, or two digits the wrong way round."""
+    near = [n + 1, n - 1, n + 2, *((n + 10, n - 10, int(str(n)[::-1])) if n > 9 else ())]
+    return str(rng.choice([m for m in near if m != n and m >= 0]))
 
 
 def _asked(rng: random.Random, task: str, terms: str, n: int) -> Problem:
@@ -76,7 +76,7 @@ def chain(rng: random.Random) -> Problem:
     """Two signs: products go before sums."""
     a, b, c = rng.randrange(2, 31), rng.randrange(2, 11), rng.randrange(31)
     terms, n = rng.choice(
-        [(f"{a} + {c} - {b}", a + c - b), (f"{a} * {b} + {c}", a * b + c), (f"{c} + {a} * {b}", c + a * b)]
+        [(f"{a + b} - {b} + {c}", a + c), (f"{a} * {b} + {c}", a * b + c), (f"{c} + {a} * {b}", c + a * b)]
     )
     return _asked(rng, "chain", terms, n)
 
