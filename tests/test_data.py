@@ -385,7 +385,6 @@ def test_unusable_data_is_refused(tmp_path: Path) -> None:
         tmp_path / "folder": "folder is a folder without text, JSONL or Parquet files",
         tmp_path / "nowhere.txt": "nowhere.txt does not exist",
         tmp_path / "*.md": "matches no file",
-        # Red: bigram_loss is NaN for a split of one token, and store.Writer takes no NaN.
         write(tmp_path / "short.txt", "short"): "the train split has 4 tokens and a sample needs 17",
         write(
             tmp_path / "short_val.txt", text[:160]

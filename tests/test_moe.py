@@ -18,6 +18,7 @@ from etude.config import build
 from etude.errors import Refusal
 from etude.loop import gradients, reduce, router_load, spread
 from etude.model import moe, parts
+from etude.model.attention import Documents
 from etude.model.moe import EXPERTS, MoE, interleave
 from etude.optim import adamw
 from etude.parallel import Single, World
@@ -342,9 +343,9 @@ def test_losses_against_their_formulas(score: Any, weights: tuple[float, float],
     x = torch.randn(3, 11, 16, generator=torch.Generator().manual_seed(0))
     aux = m(x)[1]
     loss, load, entropy = losses_by_hand(m, x)
-    assert aux.loss.tolist() == pytest.approx(loss, rel=1e-5) and min(loss) > 0
+    assert aux.loss[:, 0].tolist() == pytest.approx(loss, rel=1e-5) and min(loss) > 0
     assert aux.load.tolist() == load and sum(load) == 3 * 11 * 2
-    assert aux.entropy.tolist() == pytest.approx(entropy, rel=1e-5)
+    assert aux.entropy.mean(1).tolist() == pytest.approx(entropy, rel=1e-5)
     assert not aux.entropy.requires_grad and not aux.load.requires_grad
 
 
@@ -353,10 +354,12 @@ def test_the_balance_loss_is_least_where_the_load_is_even() -> None:
     m = layer(top_k=1, n_experts=4, aux_loss=1.0)
     even = torch.eye(4).repeat(1, 3, 1) * 50
     chosen = even.argmax(-1, keepdim=True)
-    assert m.look(even, even.softmax(-1), chosen).loss.tolist() == pytest.approx([1.0])
+    assert m.look(even, even.softmax(-1), chosen).loss[:, 0].tolist() == pytest.approx([1.0])
     logits = torch.zeros(1, 12, 4)
     logits[..., 2] = 50
-    assert m.look(logits, logits.softmax(-1), logits.argmax(-1, keepdim=True)).loss.tolist() == pytest.approx([4.0])
+    assert m.look(logits, logits.softmax(-1), logits.argmax(-1, keepdim=True)).loss[:, 0].tolist() == pytest.approx(
+        [4.0]
+    )
     free = torch.zeros(1, 12, 4, requires_grad=True)
     m.look(free, free.softmax(-1), torch.full((1, 12, 1), 2)).loss.sum().backward()
     assert (free.grad[..., 2] > 0).all() and (free.grad[..., [0, 1, 3]] < 0).all()
@@ -366,7 +369,7 @@ def test_gradients_of_the_losses() -> None:
     """Through the mean probabilities and the logsumexp, the counts held fixed; against autograd of the formula."""
     m = layer(aux_loss=0.7, z_loss=0.2)
     x = torch.randn(3, 11, 16, generator=torch.Generator().manual_seed(0))
-    m(x)[1].loss.mul(torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    m(x)[1].loss[:, 0].mul(torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     found = m.router.weight.grad.clone()
     m.zero_grad()
     z = x @ m.router.weight.T
@@ -375,6 +378,21 @@ def test_gradients_of_the_losses() -> None:
     loss = 0.7 * 8 / (2 * 11) * (count * p.mean(1)).sum(-1) + 0.2 * z.logsumexp(-1).square().mean(-1)
     loss.mul(torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     torch.testing.assert_close(found, m.router.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_aux_is_of_each_document() -> None:
+    """Packed with others and padded, a document has the losses that it has alone, and padding has no load."""
+    m = layer(aux_loss=0.1, z_loss=0.3)
+    x = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0))
+    doc_ids = torch.tensor([[0] * 7 + [1] * 9 + [-1] * 4, [0] * 3 + [1] * 17])
+    aux = m(x, Documents(doc_ids))[1]
+    whole = torch.zeros(8)
+    for row, begin, end in ((0, 0, 7), (0, 7, 16), (1, 0, 3), (1, 3, 20)):
+        alone = m(x[row : row + 1, begin:end])[1]
+        torch.testing.assert_close(aux.loss[row, begin:end], alone.loss[0].expand(end - begin))
+        torch.testing.assert_close(aux.entropy[row, begin:end], alone.entropy[0])
+        whole += alone.load
+    assert torch.equal(aux.load, whole) and aux.load.sum() == 2 * 36
 
 
 def test_aux_of_a_model() -> None:
@@ -387,7 +405,7 @@ def test_aux_of_a_model() -> None:
     torch.testing.assert_close(aux.loss, seen[0].loss + seen[1].loss + seen[2].loss)
     assert torch.equal(aux.load, torch.stack([s.load for s in seen])) and aux.load.shape == (3, 8)
     torch.testing.assert_close(aux.entropy, (seen[0].entropy + seen[1].entropy + seen[2].entropy) / 3)
-    assert aux.loss.shape == aux.entropy.shape == (3,) and (aux.load.sum(-1) == ids.numel() * 2).all()
+    assert aux.loss.shape == (3, 1) and aux.entropy.shape == ids.shape and (aux.load.sum(-1) == ids.numel() * 2).all()
     with torch.inference_mode():
         scores, none = m(ids, targets=ids)
         assert (
@@ -439,7 +457,7 @@ def test_micro_batches_change_nothing(model: str, sizes: list[int]) -> None:
         close(other_grads[name], grad, 1e-5, name)
     m.zero_grad()
     s, aux = m(batch["tokens"], targets=batch["targets"])
-    rows = (batch["targets"] >= 0).sum(1)
+    rows = batch["targets"] >= 0
     assert values["aux"] == pytest.approx((aux.loss * rows).sum().item() / rows.sum().item(), rel=1e-5)
     total = -0.9 * s.logprob.sum() - 0.1 * s.mean_logprob.sum() + 0.01 * s.logz.square().sum() + (aux.loss * rows).sum()
     (total / rows.sum()).backward()

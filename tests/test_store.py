@@ -806,14 +806,31 @@ def test_formats_without_checksums(tmp_path: Path) -> None:
     def chunked(f: h5py.File) -> None:
         f.create_dataset("k/00000", data=IDS, chunks=(100,))
 
-    for make, libver in ((plain, "earliest"), (chunked, ("v108", "v108"))):
+    for make, libver, what in ((plain, "earliest", "oldest format"), (chunked, ("v108", "v108"), "list of its chunks")):
         with pytest.raises(Refusal) as caught:
             H5(hostile(make, tmp_path / "a.h5", libver=libver)).keys  # noqa: B018
-        one_line(caught, "no checksums", 'libver="latest"')
+        one_line(caught, what, "no checksums", 'libver="latest"')
     with h5py.File(hostile(plain, tmp_path / "a.h5", libver=("v108", "v108")), "r+", libver="earliest") as f:
         f["other/00000"] = IDS
     with pytest.raises(Refusal, match="no checksums"):
         H5(tmp_path / "a.h5").keys  # noqa: B018
+
+
+def test_elements_beyond_the_end(sound: Path) -> None:
+    """They would be mapped where there is no file, and reading them end the process with SIGBUS."""
+    file = hdf5.File(sound)
+    end = max(end for _, end in ranges(sound).values())
+    for size, fits in ((end, True), (end - 1, False)):
+        file.size = size
+        names = [a.name for several in file.arrays.values() for a in several]
+        refused = 0
+        for name in names:
+            try:
+                file._array(name, file.h5[name].id, name)
+            except Refusal as error:
+                assert "beyond the file's" in str(error) and name in str(error)
+                refused += 1
+        assert refused == (0 if fits else 1)
 
 
 def test_too_many_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -994,7 +1011,7 @@ def test_interrupted_inside_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "pwrite", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_h5(tmp_path / "a.h5", {f"k{i}": [IDS] for i in range(20)})
-    assert not os.listdir(tmp_path)
+    assert not os.listdir(tmp_path) and next(calls) == 3, "nothing more is written: the number may be another file's"
     save_h5(tmp_path / "a.h5", {"k": [IDS]})
     verify(tmp_path / "a.h5")
 
@@ -1019,6 +1036,8 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     save_h5(path, {"k": [IDS[:9]]})
     verify(path)
     assert H5(path).lengths("k") == [9] and os.listdir(tmp_path) == ["a.h5"]
+    save_h5(tmp_path / "fresh.h5", {"k": [IDS[:9]]})
+    assert path.read_bytes() == (tmp_path / "fresh.h5").read_bytes(), "nothing is left of it"
 
 
 def test_two_writers(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ class Recorded(nn.Module):
         super().__init__()
         self.logprob, self.norm, self.logit_cap = logprob, nn.Identity(), None
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Any:
+    def forward(self, tokens: Tensor, targets: Tensor, doc_ids: Tensor) -> Any:
         zero = torch.zeros_like(self.logprob)
         return Scores(self.logprob, zero, zero, zero), None
 
@@ -337,8 +337,9 @@ def test_a_step_of_pairs_is_the_same_however_it_is_cut(model_name: str, loss: di
     strategy = DPO(beta=0.2, loss=loss, label_smoothing=0.0, gamma=1.0)
     whole, expected = step(strategy, model, ref, [ragged()])
     wanted = grads(model)
-    aux = model(ragged()["tokens"], targets=ragged()["targets"])[1]
-    assert whole == pytest.approx(expected["loss"] + (0 if aux is None else aux.loss.mean().item()), rel=1e-6)
+    batch = ragged()
+    aux = model(batch["tokens"], targets=batch["targets"], doc_ids=batch["doc_ids"])[1]
+    assert whole == pytest.approx(expected["loss"] + (0 if aux is None else aux.loss[:, 0].mean().item()), rel=1e-6)
     for cut in (2, 4, 8):
         found, metrics = step(strategy, model, ref, pieces(ragged(), cut, 2))
         assert found == pytest.approx(whole, rel=1e-5)
@@ -497,7 +498,7 @@ def test_experts_are_balanced_in_grpo_too() -> None:
     strategy = GRPO(tok.byte([], []), **ONLINE)
     n = (batch["targets"] >= 0).sum(1)
     with torch.no_grad():
-        aux = model(batch["tokens"], targets=batch["targets"])[1].loss
+        aux = model(batch["tokens"], targets=batch["targets"], doc_ids=batch["doc_ids"])[1].loss[:, 0]
     loss, _ = step(strategy, model, None, [batch])
     assert loss == pytest.approx(float((aux * n).sum() / n.sum()), rel=1e-5) and loss > 0
     wanted = grads(model)

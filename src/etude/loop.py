@@ -105,9 +105,7 @@ def fit(
                 settings["max_minutes"] is not None and progress.seconds >= 60 * settings["max_minutes"]
             )
             tokens = float(sum(map(n_inputs, collected)))
-            *weight, tokens, wanted, out_of_time = world.sum(
-                [*weigh(strategy, collected), tokens, wanted, out_of_time]
-            )
+            *weight, tokens, wanted, out_of_time = world.sum([*weigh(strategy, collected), tokens, wanted, out_of_time])
             if wanted:
                 save(False)
                 raise Interrupted(

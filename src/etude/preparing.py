@@ -1,5 +1,6 @@
 """What prepare.py does: files to one HDF5 file of token ids, with a bar while it goes on and statistics at the end."""
 
+import contextlib
 import fcntl
 import sys
 import time
@@ -36,9 +37,10 @@ def run(cfg: dict) -> int:
             alone(lock, target)
             with Workers(cfg["processes"] or cores()) as workers, Bar(cfg["progress"], console) as bar:
                 preparation = Preparation(source, target, workers, maker.key, bar.tell)
-                preparation.scan()
-                train = bar.count("tokenizer", Texts([preparation], "train"), preparation.characters_of("train"))
-                preparation.encode(preparation.tokenizer or maker.make(train, Texts([preparation], None)))
+                with contextlib.closing(preparation.journal):
+                    preparation.scan()
+                    train = bar.count("tokenizer", Texts([preparation], "train"), preparation.characters_of("train"))
+                    preparation.encode(preparation.tokenizer or maker.make(train, Texts([preparation], None)))
         Path(lock.name).unlink(missing_ok=True)
     except KeyboardInterrupt:
         raise Interrupted("what is done is kept: the same command goes on from there") from None
@@ -65,7 +67,9 @@ def already(target: Path, source: Source, key: str | None, console: Console) -> 
     meta = (prepared := open_prepared(target)).meta
     same = meta["settings"] == source.settings() | {"rename": [list(r) for r in source.rename]}
     if not same or meta.get("tokenizer_key") != key or meta["sha256"] != content_hash(source):
-        raise Refusal(f"to={target} is there already, made of other files or settings; choose another name, or delete it")
+        raise Refusal(
+            f"to={target} is there already, made of other files or settings; choose another name, or delete it"
+        )
     console.print(f"{target} is there already, made of the same files with the same settings", markup=False)
     show(target, prepared, console)
     return 0
@@ -153,6 +157,10 @@ def show(target: Path, prepared: Prepared, console: Console) -> None:
     console.print(table)
     kept = "kept" if meta["settings"]["duplicates"] == "keep" else "dropped"
     console.print(f"duplicates {meta['duplicates']:,} {kept}", markup=False)
-    console.print(f"bad rows   {sum(meta['dropped'].values()):,}" + "".join(f", {n:,} {why}" for why, n in meta["dropped"].items()), markup=False)
+    console.print(
+        f"bad rows   {sum(meta['dropped'].values()):,}"
+        + "".join(f", {n:,} {why}" for why, n in meta["dropped"].items()),
+        markup=False,
+    )
     console.print(f"tokenizer  {meta['vocab_size']:,} tokens, sha256 {meta['tokenizer_sha256'][:16]}", markup=False)
     console.print(f"\nnext: python train.py data=h5 data.path={target}{strategy}", markup=False)

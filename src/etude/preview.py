@@ -77,7 +77,7 @@ def coloured(tokenizer: Tokenizer, ids: np.ndarray, wanted: np.ndarray, colours:
 def summary(batches: Batches) -> list[str]:
     """Per source and split: samples, tokens, lengths, what was left out or cut."""
     lines = []
-    for name, part, prepared in zip(batches.data.parts(), batches.data.parts().values(), batches.prepared):
+    for name, prepared in zip(batches.data.parts(), batches.prepared):
         meta, prefix = prepared.meta, f"{name}: " if name else ""
         lines.append(f"{prefix}{meta['kind']} from {meta['source']}, {meta['files']} file{'s' * (meta['files'] > 1)}")
         for split in ("train", "val"):
@@ -94,5 +94,3 @@ def summary(batches: Batches) -> list[str]:
     if not full:
         lines.append(f"windows of {batches.data.seq_len} tokens, {len(batches.train):,} of them")
     return lines
-
-

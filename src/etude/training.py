@@ -80,7 +80,12 @@ def work(cfg: dict, overrides: list[str], data: Any, prepared: list[Prepared], j
 
 
 def _work(
-    cfg: dict, overrides: list[str], data: Any, prepared: list[Prepared], job: tuple[str, int, str] | None, parallel: Any
+    cfg: dict,
+    overrides: list[str],
+    data: Any,
+    prepared: list[Prepared],
+    job: tuple[str, int, str] | None,
+    parallel: Any,
 ) -> int:
     with parallel.world(cfg["threads"]) as world, contextlib.ExitStack() as stack:
         session = Session(cfg, data, prepared, parallel, world)

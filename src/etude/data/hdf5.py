@@ -416,7 +416,8 @@ class Writer:
         self.path = Path(path).expanduser()
         self.temporary = self.path.with_name(f".{self.path.name}.writing")
         self.counts: dict[str, int] = {}  # segments by key
-        self.bytes = 0
+        self.outer: set[str] = set()  # groups that hold keys
+        self.objects = self.bytes = 0
         self.h5: h5py.File | None = None
         texts = _texts(attributes or {})
         if self.path.is_dir():
@@ -498,12 +499,14 @@ class Writer:
         parts = key.split("/")
         if len(parts) > 2 or not all(p.strip(".") and p.isprintable() for p in parts):
             raise ValueError(f"{key!r} cannot be a key: it should be NAME or NAME/NAME, in printable characters")
-        if any(k.startswith(f"{key}/") or key.startswith(f"{k}/") for k in self.counts):
-            raise ValueError(f"{key!r} cannot be a key beside {', '.join(self.counts)}: one would lie in the other")
+        if key in self.outer or (len(parts) == 2 and parts[0] in self.counts):
+            raise ValueError(f"{key!r} cannot be a key: data sets of one key would lie beside the groups of others")
         file = self._file()
         with self._writing():
             file.create_group(key)
         self.counts[key] = 0
+        self.outer |= set(parts[:-1])
+        self.objects += len(parts)
 
     def _file(self) -> h5py.File:
         if self.h5 is None:
@@ -513,7 +516,8 @@ class Writer:
     def _append(self, key: str, dtype: np.dtype, length: int, blocks: Iterable[np.ndarray]) -> None:
         file = self._file()
         self.empty(key)
-        if sum(self.counts.values()) + 2 * len(self.counts) >= MAX_OBJECTS:
+        self.objects += 1
+        if self.objects > MAX_OBJECTS:
             raise Refusal(f"{self.path} would have more than {MAX_OBJECTS:,} data sets and groups: join some segments")
         digest, at = hashlib.sha256(), 0
         with self._writing():

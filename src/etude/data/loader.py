@@ -85,6 +85,8 @@ class Windows(Dataset):
                 piece = self.ids.read(int(start), int(min(start + T, n)) + 1)
                 row[: len(piece) - 1] = piece[:-1]
                 target[: len(piece) - 1] = piece[1:]
+            for ids in (tokens, targets):
+                check_ids(ids, self.vocab_size, self.prepared, f"{self.split} windows from token {group[0]}")
             yield self._batch(torch.from_numpy(tokens), torch.from_numpy(targets))
 
 
@@ -101,7 +103,9 @@ class Documents(Dataset):
         self.per_sample = 2 if self.kind == "pairs" else 1
         self.ids = prepared.ids(split)
         self.masks = Flat(prepared.store, f"{split}/targets") if self.kind in ("chats", "pairs") else None
-        self.fields = [Flat(prepared.store, f"{split}/{n}") for n in ("fields", "fields_ends")] if self.kind == "prompts" else []
+        self.fields = (
+            [Flat(prepared.store, f"{split}/{n}") for n in ("fields", "fields_ends")] if self.kind == "prompts" else []
+        )
         self.filler: int = prepared.meta["eos"] or 0  # what padding holds; no one attends to it, and it is no target
         self.fixed_width = data.layout == "packed"
         self.dropped: Counter[str] = Counter()
@@ -114,7 +118,9 @@ class Documents(Dataset):
         else:
             self.items, self.row_ends = np.arange(len(inputs)), np.arange(1, len(inputs) + 1)
         if not len(self):
-            raise Refusal(f"no usable row is left in the {split} split of {prepared.meta['source']}{tell(self.dropped)}; raise data.seq_len or set data.overlong")
+            raise Refusal(
+                f"no usable row is left in the {split} split of {prepared.meta['source']}{tell(self.dropped)}; raise data.seq_len or set data.overlong"
+            )
         self.tokens_per_sample = float(inputs.sum() / len(self))
         self.efficiency = float(inputs.sum() / (len(self.row_ends) * self.seq_len))
 
@@ -165,9 +171,15 @@ class Documents(Dataset):
         """How many targets each piece has: what its first id is, is not predicted."""
         if self.masks is None:
             return np.maximum(end - begin - 1, 0)
-        total = np.zeros(len(self.masks) + 1, dtype=np.int64)
-        np.cumsum(self.masks[:], out=total[1:])
-        return total[end] - total[np.minimum(begin + 1, end)]
+        # Pieces follow each other in the file, so counting from each beginning to the next bounds the memory.
+        counts = np.empty(len(begin), dtype=np.int64)
+        for i in range(0, len(begin), 65536):
+            some, ends = np.minimum(begin[i : i + 65536] + 1, end[i : i + 65536]), end[i : i + 65536]
+            low = int(some.min())
+            total = np.zeros(int(ends.max()) - low + 1, dtype=np.int64)
+            np.cumsum(self.masks.read(low, int(ends.max())), out=total[1:])
+            counts[i : i + 65536] = total[ends - low] - total[some - low]
+        return counts
 
     def __len__(self) -> int:
         return len(self.row_ends) // self.per_sample
@@ -206,7 +218,10 @@ class Documents(Dataset):
                         following[self.masks.read(begin + 1, end) == 0] = IGNORED
                     targets[r, at : at + n] = following
                 at += n
-        check_ids(tokens, self.prepared.meta["vocab_size"], self.prepared, f"{self.split} sample {indices}", self.per_sample)
+        for ids in (tokens, targets):
+            check_ids(
+                ids, self.prepared.meta["vocab_size"], self.prepared, f"{self.split} sample {indices}", self.per_sample
+            )
         batch: Batch = {"tokens": torch.from_numpy(tokens), "doc_ids": torch.from_numpy(doc_ids)}
         if whole:
             return batch | {"fields": [self.fields_of(self.rows(i)[0][0]) for i in indices]}
@@ -221,7 +236,7 @@ class Documents(Dataset):
     def prompts(self, n: int) -> list[list[int]]:
         """The ids before the first target of the first n documents, where there are any."""
         found = []
-        for begin, end in zip(self.begin[: n * self.per_sample : self.per_sample], self.end[::self.per_sample]):
+        for begin, end in zip(self.begin[: n * self.per_sample : self.per_sample], self.end[:: self.per_sample]):
             until = int(end)
             if self.masks is not None:
                 until = int(begin) + int(self.masks.read(int(begin), int(end)).argmax())
@@ -273,6 +288,22 @@ class Chain(Dataset):
     def whole(self, batch_size: int) -> Iterator[Batch]:
         for data in self.sets:
             yield from data.whole(batch_size)
+
+
+class Told(Dataset):
+    """A data set whose refusals are returned: raised in a loader's worker they would arrive as a traceback."""
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: list[int]) -> Batch | Refusal:
+        try:
+            return self.data.__getitems__(indices)
+        except Refusal as refusal:
+            return refusal
 
 
 def merge(groups: list[Batch], places: list[np.ndarray]) -> Batch:
@@ -342,17 +373,17 @@ class Batches:
 
     def _order(self, sets: list[Any], parts: list[Any], seed: int, batch_size: int) -> Order | Mixed:
         if not isinstance(self.data, Mixture):
-            drop = batch_size if self.data.drop_last else 1
-            return Order(len(sets[0]), seed=seed, kind=self.data.order, drop_last=drop)
+            drop, once = batch_size if self.data.drop_last else 1, sets[0].epoch_samples
+            return Order(len(sets[0]), seed=seed, kind=self.data.order, drop_last=drop, random_epoch=once)
         seeds = [int(mix(seed, i)[0] >> np.uint64(1)) for i in range(len(sets))]
-        orders = [Order(len(s), seed=k, kind=p.order) for s, p, k in zip(sets, parts, seeds)]
+        orders = [
+            Order(len(s), seed=k, kind=p.order, random_epoch=s.epoch_samples) for s, p, k in zip(sets, parts, seeds)
+        ]
         return Mixed(orders, self.data.shares(self.prepared))
 
     @property
     def epoch_samples(self) -> int:
         """Samples after which as many tokens were seen as the training split has."""
-        if isinstance(self.order, Order) and self.order.kind == "random":
-            return self.train.epoch_samples  # type: ignore[union-attr]
         return self.order.epoch_size
 
     @property
@@ -378,7 +409,7 @@ class Batches:
         """The micro-batches of step `start`, of the next, ... on the device. Read ahead by the loader's workers."""
         self.sampler.step, self.sampler.stop = start, stop
         loader = DataLoader(
-            self.train,
+            Told(self.train),
             batch_sampler=self.sampler,  # type: ignore[arg-type]
             num_workers=self.data.workers,
             prefetch_factor=self.data.prefetch if self.data.workers else None,
@@ -388,8 +419,10 @@ class Batches:
             multiprocessing_context="fork" if self.data.workers and self.device.type == "cpu" else None,
         )
         iterator = iter(loader)
-        while batches := [self.to_device(b) for _, b in zip(range(self.micro_batches), iterator)]:
-            yield batches
+        while batches := [b for _, b in zip(range(self.micro_batches), iterator)]:
+            if refused := [b for b in batches if isinstance(b, Refusal)]:
+                raise refused[0]
+            yield [self.to_device(b) for b in batches]
 
     def fixed(self, split: str, n_batches: int, batch_size: int) -> Iterator[Batch]:
         """The same `n_batches` batches at every call: an estimate free of sampling noise between evaluations."""

@@ -1,6 +1,7 @@
 """Several data nodes as one, in exact proportions."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,34 @@ class Mixture:
     def __post_init__(self) -> None:
         if not self.sources:
             raise Refusal("data.sources is empty: +data@data.sources.<name>=text adds one")
-        if self.temperature <= 0:
-            raise Refusal(f"data.temperature={self.temperature} should be above 0")
+        if not 0 < self.temperature < math.inf:
+            raise Refusal(f"data.temperature={self.temperature} should be a number above 0")
         if self.weights is not None:
             if odd := sorted(set(self.weights) ^ set(self.sources)):
                 raise Refusal(
                     f"data.weights and data.sources differ in {', '.join(odd)}: give every source a weight, or data.weights=null"
                 )
-            if low := [name for name, w in self.weights.items() if w <= 0]:
-                raise Refusal(f"data.weights.{low[0]}={self.weights[low[0]]} should be above 0; ~data.sources.{low[0]} leaves it out")
+            if low := [name for name, w in self.weights.items() if not 0 < w < math.inf]:
+                raise Refusal(
+                    f"data.weights.{low[0]}={self.weights[low[0]]} should be a number above 0; to leave the source out: ~data.sources.{low[0]} ~data.weights.{low[0]}"
+                )
         for name, part in self.sources.items():
             if not isinstance(part, Files):
-                raise Refusal(f"data.sources.{name} is of a kind that cannot be mixed: use files or rows, such as data=text")
+                raise Refusal(
+                    f"data.sources.{name} is of a kind that cannot be mixed: use files or rows, such as data=text"
+                )
             for key in ("seq_len", "workers", "prefetch"):
                 if (its := getattr(part, key)) != (own := getattr(self, key)):
                     raise Refusal(f"data.sources.{name}.{key}={its} and data.{key}={own} should be the same: set both")
             if part.drop_last:
-                raise Refusal(f"data.sources.{name}.drop_last=true has no meaning in a mixture: no batch is a source's own")
+                raise Refusal(
+                    f"data.sources.{name}.drop_last=true has no meaning in a mixture: no batch is a source's own"
+                )
         kinds = {("text" if part.kind == "chats" else part.kind) for part in self.sources.values()}
         if len(kinds) > 1:
-            raise Refusal(f"data.sources holds {' and '.join(sorted(kinds))}, which one strategy cannot train on together")
+            raise Refusal(
+                f"data.sources holds {' and '.join(sorted(kinds))}, which one strategy cannot train on together"
+            )
 
     @property
     def kind(self) -> str:
@@ -65,4 +74,4 @@ class Mixture:
         """Each source's weight, not normalised."""
         sizes = [p.meta["train_tokens"] for p in prepared]
         weights = [self.weights[name] for name in self.sources] if self.weights is not None else sizes
-        return [w if self.temperature == 1 else w ** (1 / self.temperature) for w in weights]
+        return weights if self.temperature == 1 else [(w / max(weights)) ** (1 / self.temperature) for w in weights]

@@ -23,18 +23,19 @@ def mix(*keys: int | np.ndarray) -> np.ndarray:
     return state
 
 
-@functools.lru_cache(maxsize=8)
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
-
-
 class Order:
     """Which of `n` samples has a global number. "random" draws with replacement, "shuffle" is a new permutation each epoch,
-    "sequential" is 0, 1, 2, ... An epoch has `epoch_size` samples: n, or the multiple of a batch below it."""
+    "sequential" is 0, 1, 2, ... An epoch has `epoch_size` samples: n, or the multiple of a batch below it; of random
+    samples `random_epoch`, where n counts some data several times."""
 
-    def __init__(self, n: int, *, seed: int, kind: str, drop_last: int = 1):
+    def __init__(self, n: int, *, seed: int, kind: str, drop_last: int = 1, random_epoch: int | None = None):
         self.n, self.seed, self.kind = n, seed, kind
-        self.epoch_size = n - n % drop_last if kind != "random" and n >= drop_last else n
+        if kind == "random":
+            self.epoch_size = n if random_epoch is None else random_epoch
+        else:
+            self.epoch_size = n - n % drop_last if n >= drop_last else n
+        # A batch may hold the end of an epoch and the beginning of the next.
+        self._permutation = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def sample(self, numbers: np.ndarray) -> np.ndarray:
         """Global sample numbers -> sample indices below n."""
@@ -43,7 +44,10 @@ class Order:
         epochs, within = np.divmod(numbers, self.epoch_size)
         if self.kind == "sequential":
             return within
-        return np.array([_permutation(self.n, self.seed, int(e))[i] for e, i in zip(epochs, within)], dtype=np.int64)
+        return np.array([self._permutation(int(e))[i] for e, i in zip(epochs, within)], dtype=np.int64)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.n)
 
     def state(self) -> dict:
         return {"seed": self.seed, "n": self.n, "order": self.kind}
@@ -53,7 +57,7 @@ class Mixed:
     """Several orders dealt out in exact proportions: of the first N samples of all, source i has less than one sample more
     or fewer than N times its weight, whatever N is.
 
-    Sample k of a source with weight w may come from number ceil(k / w) on and must come before ceil((k + 1) / w); always
+    Sample k of a source with weight w may come from number floor(k / w) on and must come before ceil((k + 1) / w); always
     taking, of those that may, the one that must come first keeps that promise (proportionate fairness, Baruah et al. 1996).
     Weights are fractions with a common denominator of at most PERIOD, to which others are rounded; one period is
     dealt once and repeated, so a number's source is looked up."""

@@ -7,6 +7,7 @@ a few units of about 2 MB are in memory at once (and 21 bytes a document)."""
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -272,7 +273,9 @@ class Journal:
         size = self.state["sizes"].get(name, 0)
         if not size:
             return np.zeros(0, dtype=dtype).reshape(0, *shape[1:])
-        return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=(size // np.dtype(dtype).itemsize,)).reshape(shape)
+        return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=(size // np.dtype(dtype).itemsize,)).reshape(
+            shape
+        )
 
     def restart(self, stage: str, keep: tuple[str, ...]) -> None:
         """Begin a stage anew with only the files named."""
@@ -397,7 +400,11 @@ class Preparation:
 
     def _dropped(self) -> str:
         dropped = self.dropped
-        return f" ({sum(dropped.values())} dropped: {', '.join(f'{n} {r}' for r, n in dropped.items())})" if dropped else ""
+        return (
+            f" ({sum(dropped.values())} dropped: {', '.join(f'{n} {r}' for r, n in dropped.items())})"
+            if dropped
+            else ""
+        )
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -530,9 +537,14 @@ class Preparation:
             if source.kind == "text":
                 meta[f"{split}_bytes"] = self.counts["totals"][f"{split}/bytes"]
         if source.kind == "text":
-            train, val = tokens["train"][:BASELINE], tokens["val"][: BASELINE // 10]
-            meta["bigram_loss"] = bigram_loss(np.asarray(train), np.asarray(val), tokenizer.vocab_size)
+            meta |= baseline(tokens["train"][:BASELINE], tokens["val"][: BASELINE // 10], tokenizer.vocab_size)
         return meta
+
+
+def baseline(train: np.ndarray, val: np.ndarray, vocab_size: int) -> dict[str, float]:
+    """{"bigram_loss": ...} where there is a pair of tokens in both."""
+    loss = bigram_loss(np.asarray(train), np.asarray(val), vocab_size)
+    return {"bigram_loss": loss} if np.isfinite(loss) else {}
 
 
 def bigram_loss(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
@@ -575,8 +587,10 @@ def cached(sources: list[Source], make: Make, tokenizer_key: str, cache: Path) -
     targets = [cache / "tokens" / f"{_hash([every, i])[:24]}.h5" for i in range(len(sources))]
     if not all(t.exists() for t in targets):
         (cache / "tokens").mkdir(exist_ok=True)
-        with Workers(1) as workers:
+        with Workers(1) as workers, contextlib.ExitStack() as stack:
             whole = [Preparation(s, t, workers, tokenizer_key) for s, t in zip(sources, targets)]
+            for preparation in whole:
+                stack.callback(preparation.journal.close)
             for preparation in whole:
                 preparation.scan()
             tokenizer = make(Texts(whole, "train"), Texts(whole, None))

@@ -47,7 +47,9 @@ class Source:
 
     def settings(self) -> dict[str, Any]:
         """What changes the documents beside the files' contents: all but where the files lie."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("root", "names", "key")}
+        return {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("root", "names", "key")
+        }
 
     def where(self, entry: "Entry") -> str:
         return f"{self.root / self.names[entry.file]}" + (f":{entry.row}" if entry.row else "")
@@ -218,8 +220,7 @@ def _entries(source: Source, start: Place) -> Iterator[tuple[Entry, Place]]:
     for i in range(start.file, len(source.names)):
         path = source.root / source.names[i]
         place = start if i == start.file else Place(i)
-        for entry, then in readers[kind_of(path)](source, path, place):
-            yield entry, then
+        yield from readers[kind_of(path)](source, path, place)
 
 
 def _lines(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place]]:

@@ -5,13 +5,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from etude.data import store
 from etude.data.base import Data, Maker
-from etude.data.prepare import BASELINE, Prepared, _hash, _stat, bigram_loss, file_hash, open_prepared, write
+from etude.data.prepare import BASELINE, Prepared, _hash, _stat, baseline, file_hash, open_prepared, write
 from etude.errors import Refusal
-
 
 # What suits a kind of rows: layout, overlong, order.
 USUAL: dict[str, tuple[Any, Any, Any]] = {
@@ -37,6 +34,7 @@ class H5(Data):
         layout, overlong, order = USUAL[prepared.meta["kind"]]
         self.layout, self.overlong, self.order = self.layout or layout, self.overlong or overlong, self.order or order
         self.kind = prepared.meta["kind"]  # type: ignore[misc]
+        self.__post_init__()  # what was left to the file is known now
         if maker.key is not None:
             raise Refusal(
                 f"{path} was encoded by the tokenizer that lies in it, and no other can be chosen: leave out tokenizer="
@@ -69,14 +67,14 @@ class Bin(Data):
         flat = store.Bin(files, self.dtype)
         tokenizer = maker.make((), ())
         ids = {split: store.Flat(flat, f"{split}/tokens") for split in ("train", "val")}
-        known = cache / "bins" / (_hash([[str(f.resolve()), _stat(f)] for f in files.values()] + [self.dtype]) + ".json")
+        known = (
+            cache / "bins" / (_hash([[str(f.resolve()), _stat(f)] for f in files.values()] + [self.dtype]) + ".json")
+        )
         if not known.exists():
             known.parent.mkdir(exist_ok=True)
-            train, val = (np.asarray(ids[s].read(0, min(n, len(ids[s])))) for s, n in (("train", BASELINE), ("val", BASELINE // 10)))
             found = {
                 "sha256": _hash([file_hash(f) for f in files.values()]),
                 "largest": max(_largest(i) for i in ids.values()),
-                "bigram_loss": bigram_loss(train, val, int(max(train.max(), val.max())) + 1),
             }
             write(known, json.dumps(found).encode())
         facts = json.loads(known.read_text())
@@ -92,9 +90,9 @@ class Bin(Data):
             "tokenizer_sha256": tokenizer.sha256(),
             "vocab_size": tokenizer.vocab_size,
             "eos": tokenizer.eos,
-            "bigram_loss": facts["bigram_loss"],
             "dropped": {},
         }
+        meta |= baseline(ids["train"][:BASELINE], ids["val"][: BASELINE // 10], tokenizer.vocab_size)
         meta |= {f"{split}_tokens": len(i) for split, i in ids.items()}
         return [Prepared(flat, meta, tokenizer.files())]
 

@@ -14,18 +14,38 @@ BLOCK = 128  # queries a block of windowed attention, at least
 
 
 class Documents:
-    """Several documents in one row, one after another: a run of equal ids in doc_ids (B, T) is a document.
+    """Several documents in one row, one after another: a run of equal ids in doc_ids (B, T) is a document, one of
+    negative ids padding.
 
-    `positions` (B, T) count from each document's beginning. Made once a forward, used by every layer."""
+    `positions` (B, T) count from each document's beginning. Padding behind a document attends to it, which nobody sees: so
+    a padded row costs no more than a full one. Made once a forward, used by every layer."""
 
     def __init__(self, doc_ids: Tensor):
         self.doc_ids = doc_ids
-        first = torch.ones_like(doc_ids, dtype=torch.bool)
-        first[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+        self.begins = torch.ones_like(doc_ids, dtype=torch.bool)  # a run, of padding too
+        self.begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+        first = self.begins.clone()
+        first[:, 1:] &= doc_ids[:, 1:] >= 0
         T = doc_ids.shape[1]
         at = torch.arange(T, device=doc_ids.device).expand_as(doc_ids)
         self.positions = at - torch.where(first, at, 0).cummax(1).values
         self.starts = first.flatten().nonzero()[:, 0]
+
+    @functools.cached_property
+    def run_of(self) -> Tensor:
+        """The number of the run that each token belongs to: (B T,)."""
+        return self.begins.flatten().cumsum(0) - 1
+
+    @functools.cached_property
+    def run_lengths(self) -> Tensor:
+        """Tokens of each run."""
+        at = self.begins.flatten().nonzero()[:, 0]
+        return F.pad(at, (0, 1), value=self.doc_ids.numel()).diff()
+
+    @functools.cached_property
+    def run_is_text(self) -> Tensor:
+        """Which runs are no padding."""
+        return self.doc_ids[self.begins] >= 0
 
     @functools.cached_property
     def bounds(self) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etude.model import parts
+from etude.model.attention import Documents
 from etude.model.mlp import GatedMLP
 from etude.model.parts import Aux
 
@@ -134,8 +135,8 @@ class MoE(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return chosen, weights * self.scale
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Aux | None]:
-        """x (B, T, D) -> ((B, T, D), aux); aux is None under torch.inference_mode."""
+    def forward(self, x: Tensor, documents: Documents | None = None) -> tuple[Tensor, Aux | None]:
+        """x (B, T, D), and the documents in its rows -> ((B, T, D), aux); aux is None under torch.inference_mode."""
         B, T, D = x.shape
         flat = x.reshape(-1, D)
         with torch.autocast(x.device.type, enabled=False):
@@ -148,21 +149,29 @@ class MoE(nn.Module):
         y = parts.dropout(y, self.dropout, self.training)
         if torch.is_inference_mode_enabled():
             return y, None
-        return y, self.look(logits.view(B, T, -1), scores.view(B, T, -1), chosen.view(B, T, -1))
+        return y, self.look(logits.view(B, T, -1), scores.view(B, T, -1), chosen.view(B, T, -1), documents)
 
-    def look(self, logits: Tensor, scores: Tensor, chosen: Tensor) -> Aux:
+    def look(self, logits: Tensor, scores: Tensor, chosen: Tensor, documents: Documents | None = None) -> Aux:
         """Auxiliary losses and metrics of what was routed: logits, scores (B, T, E), chosen (B, T, K)."""
         B, T, E = scores.shape
-        p = scores / scores.sum(-1, keepdim=True)
-        count = torch.zeros(B, E, device=p.device).scatter_add_(
-            1, chosen.flatten(1), p.new_ones(()).expand(B, T * self.top_k)
-        )
-        loss = self.aux_loss * E / (self.top_k * T) * (count * p.mean(1)).sum(-1)
+        p = (scores / scores.sum(-1, keepdim=True)).flatten(0, 1)
+        z2 = logits.logsumexp(-1).square().flatten()
+        if documents is None:
+            of = torch.arange(B, device=p.device).repeat_interleave(T)
+            n = p.new_full((B,), T)
+        else:
+            of, n = documents.run_of, documents.run_lengths.to(p.dtype)
+        mean = p.new_zeros(len(n), E).index_add(0, of, p) / n[:, None]
+        places = (of[:, None] * E + chosen.flatten(0, 1)).flatten()
+        count = p.new_zeros(len(n) * E).scatter_add_(0, places, p.new_ones(()).expand(len(places))).view(-1, E)
+        loss = self.aux_loss * E / (self.top_k * n) * (count * mean).sum(-1)
         if self.z_loss:
-            loss = loss + self.z_loss * logits.logsumexp(-1).square().mean(-1)
+            loss = loss + self.z_loss * p.new_zeros(len(n)).index_add(0, of, z2) / n
         with torch.no_grad():
-            entropy = torch.special.entr(p).sum(-1).mean(-1)
-        return Aux(loss, count.sum(0), entropy)
+            entropy = torch.special.entr(p).sum(-1).view(B, T)
+        if documents is None:
+            return Aux(loss[:, None], count.sum(0), entropy)
+        return Aux(loss[of].view(B, T), count[documents.run_is_text].sum(0), entropy)
 
     @torch.no_grad()
     def balance(self, load: Tensor) -> None:

@@ -70,16 +70,18 @@ def sinusoid(positions: Tensor, dim: int) -> Tensor:
 class Aux(NamedTuple):
     """What a sparse feed-forward part says of a forward pass beside its output."""
 
-    loss: Tensor  # (B,) auxiliary losses of each row, weighted: added to the loss times the row's number of targets
-    load: Tensor  # (E,) tokens sent to each expert; of a model (layers, E)
-    entropy: Tensor  # (B,) mean entropy of the router's distribution in each row, in nats: carries no gradient
+    # (B, T), or (B, 1) where each row is one document: auxiliary losses of the document that a token belongs to, weighted.
+    # They are added to the loss once for each target: so a document counts alike however it is packed or padded.
+    loss: Tensor
+    load: Tensor  # (E,) tokens sent to each expert, padding left out; of a model (layers, E)
+    entropy: Tensor  # (B, T) of the router's distribution, in nats: carries no gradient
 
-    def metrics(self, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Metrics as (sum, count) for rows that have `targets` (B,) each; the loop makes more of router/load."""
-        n = targets.sum()
+    def metrics(self, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Metrics as (sum, count) over the targets, which `mask` (B, T) marks; the loop makes more of router/load."""
+        n = mask.sum()
         return {
-            "aux": ((self.loss.detach() * targets).sum(), n),
-            "router/entropy": ((self.entropy * targets).sum(), n),
+            "aux": ((self.loss.detach() * mask).sum(), n),
+            "router/entropy": ((self.entropy * mask).sum(), n),
             "router/load": (self.load, n),
         }
 

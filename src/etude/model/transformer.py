@@ -27,6 +27,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.attn, self.ffn, self.residual = attn, ffn, residual
+        self.sparse = hasattr(ffn, "balance")  # looks at how tokens are spread, document by document
         before, inside, after = NORM_AT[norm_at]
         none = nn.Identity
         self.attn_norm, self.ffn_norm = (norm(dim) if before else none() for _ in range(2))
@@ -39,7 +40,8 @@ class Block(nn.Module):
         """x (B, T, D) -> ((B, T, D), aux)."""
         y = self.attn_post_norm(self.attn(self.attn_norm(x), positions, documents, cache))
         x = self.attn_out_norm(x + (y if self.residual == 1 else self.residual * y))
-        y, aux = self.ffn(self.ffn_norm(x))
+        h = self.ffn_norm(x)
+        y, aux = self.ffn(h, documents) if self.sparse else self.ffn(h)
         y = self.ffn_post_norm(y)
         return self.ffn_out_norm(x + (y if self.residual == 1 else self.residual * y)), aux
 
@@ -196,7 +198,8 @@ class Transformer(nn.Module):
         cache=None,
     ):
         """tokens (B, T) int64; targets (B, T) with -100 ignored; positions (B, T), None for 0..T-1; doc_ids (B, T):
-        each run of equal ids is a document by itself, with positions from 0 where none are given; cache: one entry a
+        each run of equal ids is a document by itself, with positions from 0 where none are given, one of negative ids
+        padding; cache: one entry a
         layer with `attend(q, k, v, scale, window)`.
 
         With targets -> (Scores of (B, T), aux or None), else logits (B, T, V) in fp32."""

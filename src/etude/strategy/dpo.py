@@ -161,16 +161,15 @@ class DPO:
     def loss(self, model: nn.Module, ref: nn.Module | None, batch: dict[str, Tensor]) -> tuple[Tensor, Metrics]:
         """Rows 2i and 2i+1 are the chosen and the rejected sequence of pair i. -> (2,) summed losses of pairs and of
         chosen targets, and metrics as (sum, count); where there are several terms, loss/<name> of each instead of loss."""
-        # A row is one sequence padded on the right, where causal attention never looks: it needs no doc_ids.
-        tokens, targets = batch["tokens"], batch["targets"]
-        scores, aux = model(tokens, targets=targets)
+        tokens, targets, doc_ids = batch["tokens"], batch["targets"], batch["doc_ids"]
+        scores, aux = model(tokens, targets=targets, doc_ids=doc_ids)
         a, b = scores.logprob.sum(1).view(-1, 2).unbind(1)
         n_a, n_b = (targets >= 0).sum(1).view(-1, 2).unbind(1)
         given = gained = Pairs(a, b, n_a, n_b, self.beta, self.label_smoothing, self.gamma)
         if self.needs_reference:
             assert ref is not None
             with torch.no_grad():
-                ref_a, ref_b = ref(tokens, targets=targets)[0].logprob.sum(1).view(-1, 2).unbind(1)
+                ref_a, ref_b = ref(tokens, targets=targets, doc_ids=doc_ids)[0].logprob.sum(1).view(-1, 2).unbind(1)
             gained = given._replace(a=a - ref_a, b=b - ref_b)
 
         count = torch.tensor(len(a), device=a.device)
@@ -186,8 +185,9 @@ class DPO:
         metrics |= self.metrics(given, gained, count)
         metrics["entropy"] = scores.entropy.sum(), n_a.sum() + n_b.sum()
         if aux is not None:
-            sums[0] = sums[0] + aux.loss.sum() / 2
-            metrics |= aux.metrics((targets >= 0).sum(1))
+            mask = targets >= 0
+            sums[0] = sums[0] + ((aux.loss * mask).sum(1) / mask.sum(1).clamp_min(1)).sum() / 2
+            metrics |= aux.metrics(mask)
         return torch.stack(sums), metrics
 
     def metrics(self, given: Pairs, gained: Pairs, count: Tensor) -> Metrics:

@@ -126,7 +126,7 @@ class GRPO:
             made = assemble([r.prompt for r in rows], [r.out for r in rows], bare.position_limit)
             made = {name: t.to(batch["tokens"].device) for name, t in made.items()}
             with torch.no_grad(), tempered(bare, self.sampling.temperature):
-                made["old_logprob"] = bare(made["tokens"], targets=made["targets"])[0].logprob
+                made["old_logprob"] = bare(made["tokens"], targets=made["targets"], doc_ids=made["doc_ids"])[0].logprob
         finally:
             bare.train(training)
         texts = [self.text(row) for row in rows]
@@ -203,10 +203,10 @@ class GRPO:
 
     def loss(self, model: nn.Module, ref: nn.Module | None, batch: dict[str, Any]) -> tuple[Tensor, Metrics]:
         """-> the loss of a collected batch, summed as the reduction says, and metrics as (sum, count)."""
-        tokens, targets = batch["tokens"], batch["targets"]
+        tokens, targets, doc_ids = batch["tokens"], batch["targets"], batch["doc_ids"]
         mask = targets >= 0
         with tempered(model, self.sampling.temperature):
-            scores, aux = model(tokens, targets=targets)
+            scores, aux = model(tokens, targets=targets, doc_ids=doc_ids)
         A = batch["advantages"][:, None]
         rho = (scores.logprob - batch["old_logprob"]).exp()
         clipped = rho.clamp(1 - self.clip_low, 1 + self.clip_high)
@@ -217,7 +217,7 @@ class GRPO:
         if self.needs_reference:
             assert ref is not None
             with torch.no_grad(), tempered(ref, self.sampling.temperature):
-                before = ref(tokens, targets=targets)[0].logprob
+                before = ref(tokens, targets=targets, doc_ids=doc_ids)[0].logprob
             gap = before - scores.logprob
             kl = rho * (gap.exp() - gap - 1)  # k3 (Schulman 2020), of what pi would draw and not pi_old
             x = x + self.beta * kl
@@ -229,9 +229,9 @@ class GRPO:
             "clip/high": (((rho > 1 + self.clip_high) & (A > 0) & mask).sum(), count),
             "entropy": (scores.entropy.sum(), count),
         }
-        if aux is not None:  # of each row, as if its tokens had it
-            loss = loss + self.reduction.total(aux.loss[:, None] * mask, n)
-            metrics |= aux.metrics(n)
+        if aux is not None:
+            loss = loss + self.reduction.total(aux.loss * mask, n)
+            metrics |= aux.metrics(mask)
         return loss, metrics | batch["metrics"]
 
 

@@ -38,7 +38,7 @@ class Seq:
             loss = loss + self.z_loss * scores.logz.square().sum()
         metrics = {"loss": (loss.detach(), n), "nll": (nll.detach(), n), "entropy": (scores.entropy.sum(), n)}
         if aux is not None:
-            rows = (batch["targets"] >= 0).sum(1)
-            loss = loss + (aux.loss * rows).sum()
-            metrics |= aux.metrics(rows)
+            mask = batch["targets"] >= 0
+            loss = loss + (aux.loss * mask).sum()
+            metrics |= aux.metrics(mask)
         return loss, metrics
