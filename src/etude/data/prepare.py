@@ -586,7 +586,7 @@ def cached(sources: list[Source], make: Make, tokenizer_key: str, cache: Path) -
     every = _hash([FORMAT, tokenizer_key, [(h, s.settings()) for h, s in zip(hashes, sources)]])
     targets = [cache / "tokens" / f"{_hash([every, i])[:24]}.h5" for i in range(len(sources))]
     if not all(t.exists() for t in targets):
-        (cache / "tokens").mkdir(exist_ok=True)
+        (cache / "tokens").mkdir(parents=True, exist_ok=True)
         with Workers(1) as workers, contextlib.ExitStack() as stack:
             whole = [Preparation(s, t, workers, tokenizer_key) for s, t in zip(sources, targets)]
             for preparation in whole:
@@ -632,7 +632,7 @@ def known_hash(source: Source, cache: Path) -> str:
     stats = [(n, *_stat(source.root / n)) for n in source.names]
     known = cache / "fingerprints" / f"{_hash([FORMAT, str(source.root.resolve()), stats])}.txt"
     if not known.exists():
-        known.parent.mkdir(exist_ok=True)
+        known.parent.mkdir(parents=True, exist_ok=True)
         write(known, content_hash(source).encode())
     return known.read_text()
 
