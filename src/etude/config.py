@@ -132,7 +132,7 @@ class Prepare:
     to: str
     kind: Literal["text", "chats", "pairs", "prompts"]
     format: str
-    rename: dict[str, str]
+    rename: dict[str, str] | None
     separator: str | None
     train_on: Literal["assistant", "completion", "all"]
     on_error: Literal["raise", "skip"]

@@ -2,9 +2,10 @@
 
 import contextlib
 import fcntl
+import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,25 @@ def run(cfg: dict) -> int:
         raise Refusal(f"processes={cfg['processes']} should be at least 1")
     maker = maker_of(cfg["tokenizer"])
     console = Console(highlight=False, soft_wrap=True)
+    beside = [target.with_name(f".{target.name}.{what}") for what in ("building", "lock")]
     if target.exists():
-        return already(target, source, maker.key, console)
+        code = already(target, source, maker.key, console)
+        clear(beside)  # a process that was killed after its last step
+        return code
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.with_name(f".{target.name}.lock").open("w") as lock:
             alone(lock, target)
             with Workers(cfg["processes"] or cores()) as workers, Bar(cfg["progress"], console) as bar:
                 preparation = Preparation(source, target, workers, maker.key, bar.tell)
-                with contextlib.closing(preparation.journal):
+                with contextlib.closing(preparation.journal), given_up(preparation):
                     preparation.scan()
                     train = bar.count("tokenizer", Texts([preparation], "train"), preparation.characters_of("train"))
                     preparation.encode(preparation.tokenizer or maker.make(train, Texts([preparation], None)))
-        Path(lock.name).unlink(missing_ok=True)
+        clear(beside)
+    except Refusal:
+        clear(beside[1:])
+        raise
     except KeyboardInterrupt:
         raise Interrupted("what is done is kept: the same command goes on from there") from None
     except OSError as error:
@@ -49,6 +56,21 @@ def run(cfg: dict) -> int:
     if cfg["progress"] != "none":
         show(target, open_prepared(target), console)
     return 0
+
+
+@contextlib.contextmanager
+def given_up(preparation: Preparation) -> Iterator[None]:
+    """What is refused has to change, so what was done of it is of no use."""
+    try:
+        yield
+    except Refusal:
+        preparation.journal.remove()
+        raise
+
+
+def clear(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def source_of(cfg: dict) -> Source:
@@ -59,7 +81,7 @@ def source_of(cfg: dict) -> Source:
     formats.check_format(cfg["format"])
     root, names = find(cfg["from"], "from")
     settings = ("kind", "format", "separator", "train_on", "on_error", "duplicates", "split", "val_fraction")
-    rename = tuple(cfg["rename"].items())
+    rename = tuple((cfg["rename"] or {}).items())
     return Source(root=root, names=names, rename=rename, key="", **{k: cfg[k] for k in settings})
 
 

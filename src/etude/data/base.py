@@ -134,7 +134,7 @@ class Rows(Files):
     split: Literal["hash", "position"]  # type: ignore[misc]
     duplicates: Literal["keep", "drop"]  # type: ignore[misc]
     format: str
-    rename: dict[str, str]
+    rename: dict[str, str] | None
     on_error: Literal["raise", "skip"]
 
     def __post_init__(self) -> None:
@@ -146,7 +146,7 @@ class Rows(Files):
         return find(self.path)
 
     def reading(self) -> dict[str, Any]:
-        return {"format": self.format, "rename": tuple(self.rename.items()), "on_error": self.on_error}
+        return {"format": self.format, "rename": tuple((self.rename or {}).items()), "on_error": self.on_error}
 
 
 def prepare_all(parts: list[Files], maker: Maker, cache: Path) -> list[Prepared]:

@@ -6,7 +6,7 @@ worker processes return is written in the order of the files, so the result is t
 a few units of about 2 MB are in memory at once (and 21 bytes a document)."""
 
 import collections
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import fcntl
@@ -15,7 +15,10 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,7 +29,7 @@ import numpy as np
 from etude.data import store
 from etude.data.encode import encode, words
 from etude.data.formats import BadRow, Example, normalise, parse
-from etude.data.source import Entry, Place, Source, Unit, kind_of, units
+from etude.data.source import Entry, Place, Source, Unit, cut, kind_of, units
 from etude.errors import Refusal, StorageFault
 from etude.text import tokenizer as tok
 
@@ -87,16 +90,28 @@ def scan_unit(source: Source, unit: Unit) -> list[tuple[bytes, int] | BadRow]:
     for entry in unit.entries:
         try:
             if entry.row == 0:
-                text = entry.content
-                found.append((hashlib.blake2b(text.encode(), digest_size=16).digest(), len(text)))
+                found.append((text_hash([entry.content]), len(entry.content)))
+                continue
+            texts = list(words(example := example_of(source, entry.content)))
+            if source.kind == "text":
+                found.append((text_hash(cut(texts[0])), len(texts[0])))
             else:
-                texts = list(words(example := example_of(source, entry.content)))
-                whole = json.dumps([example.prompt, example.answers, example.fields], sort_keys=True).encode()
-                body = texts[0].encode() if source.kind == "text" else whole
-                found.append((hashlib.blake2b(body, digest_size=16).digest(), sum(map(len, texts))))
+                whole = json.dumps([example.prompt, example.answers, example.fields], sort_keys=True)
+                found.append((text_hash([whole]), sum(map(len, texts))))
         except BadRow as error:
             found.append(error)
     return found
+
+
+def text_hash(pieces: Iterable[str], before: bytes = b"") -> bytes:
+    """Of a text, from its pieces' hashes: the same whether a file gives it in pieces or a row whole."""
+    for piece in pieces:
+        before = chained(before, hashlib.blake2b(piece.encode(), digest_size=16).digest())
+    return before
+
+
+def chained(before: bytes, digest: bytes) -> bytes:
+    return hashlib.blake2b(before + digest, digest_size=16).digest() if before else digest
 
 
 def example_of(source: Source, content: Any) -> Example:
@@ -110,9 +125,10 @@ def example_of(source: Source, content: Any) -> Example:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is to become of a unit's entries: DROP, TRAIN, VAL, or CUT, where a text's first `cut` characters are the last
-    of training and the rest is validation."""
+    of training and the rest is validation. `begins`: which of them begin a document."""
 
     fate: np.ndarray
+    begins: np.ndarray
     cut: int
     ends: tuple[bool, bool]  # whether an end token stands behind each document of (train, val)
 
@@ -138,6 +154,7 @@ def encode_unit(source: Source, folder: Path, unit: Unit, plan: Plan) -> tuple[A
             bad.append((int(i), documents))
             continue
         split = SPLITS[plan.fate[i]]
+        out[f"{split}/characters"].append(np.array([sum(map(len, words(example)))]))
         for document in documents:
             out[f"{split}/tokens"].append(document.ids)
             out[f"{split}/ends"].append(np.array([len(document.ids)]))
@@ -159,18 +176,21 @@ def _encode_texts(
             continue
         text = entry.content if entry.row == 0 else str(example_of(source, entry.content).answers[0])
         try:
-            tokenizer.check(text, source.where(entry))
+            tokenizer.check(text, "the text")
         except Refusal as error:
-            bad.append((i, BadRow(str(error).removeprefix(source.where(entry) + " "))))
-            continue
-        if fate == CUT:
-            pieces += [(TRAIN, text[: plan.cut], True), (VAL, text[plan.cut :], entry.final)]
-        else:
-            pieces.append((fate, text, entry.final))
+            bad.append((i, BadRow(str(error))))
+            if plan.begins[i] and entry.final:
+                continue
+            text = ""  # the document goes on, or ends here, without it
+        sides = [(TRAIN, text[: plan.cut], True), (VAL, text[plan.cut :], entry.final)]
+        for side, part, final in sides if fate == CUT else [(fate, text, entry.final)]:
+            *first, last = cut(part)
+            pieces += [*((side, piece, False) for piece in first), (side, last, final)]
     end = np.array([] if tokenizer.eos is None else [tokenizer.eos], dtype=np.uint32)
     for (fate, text, final), ids in zip(pieces, tokenizer.encode_many([text for _, text, _ in pieces])):
         split = SPLITS[fate]
         out[f"{split}/bytes"].append(np.array([len(text.encode())]))
+        out[f"{split}/characters"].append(np.array([len(text)]))
         if final and plan.ends[fate - TRAIN]:
             ids = np.concatenate([ids, end])
         out[f"{split}/tokens"].append(ids)
@@ -187,11 +207,12 @@ class Workers:
     def __init__(self, processes: int):
         self.processes = processes
         self.pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self.started = False
 
     def __enter__(self) -> "Workers":
         if self.processes > 1:
             self.pool = concurrent.futures.ProcessPoolExecutor(
-                self.processes, multiprocessing.get_context("spawn"), initializer=_settle
+                self.processes, multiprocessing.get_context("spawn"), initializer=_settle, initargs=(os.getpid(),)
             )
         return self
 
@@ -206,21 +227,45 @@ class Workers:
                 yield unit, function(*arguments)
             return
         ahead: collections.deque = collections.deque()
-        for unit, arguments in calls:
-            ahead.append((unit, self.pool.submit(function, *arguments)))
-            if len(ahead) > self.processes + 2:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        for unit, future in ahead:
-            yield unit, future.result()
+        try:
+            for unit, arguments in calls:
+                ahead.append((unit, self._submit(function, *arguments)))
+                if len(ahead) > self.processes + 2:
+                    first, future = ahead.popleft()
+                    yield first, future.result()
+            for unit, future in ahead:
+                yield unit, future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise StorageFault(
+                "a worker process was killed, perhaps for its memory: the same command goes on; with processes=1 it takes least"
+            ) from None
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future:
+        assert self.pool is not None
+        if self.started:
+            return self.pool.submit(function, *arguments)
+        # The first call starts the processes. They inherit what is blocked here until they ignore it for good: a Ctrl-C
+        # in this moment would else end them and not this process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self.pool.submit(function, *arguments)
+        finally:
+            self.started = True
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _settle() -> None:
-    """One thread a process, and Ctrl-C is the parent's to handle."""
-    import signal
-
+def _settle(parent: int) -> None:
+    """One thread a process; Ctrl-C is the parent's to handle; and without the parent there is nothing to do."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Journal:
@@ -229,13 +274,25 @@ class Journal:
     def __init__(self, folder: Path, key: str):
         self.folder, self.path = folder, folder / "state.json"
         self.state: dict[str, Any] = {"key": key, "stage": "scan", "place": None, "sizes": {}, "counts": {}}
-        if self.path.exists() and (old := json.loads(self.path.read_text())).get("key") == key:
+        if (old := self._read()).get("key") == key:
             self.state = old
         else:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         self.out: dict[str, Any] = {}
         self.committed = time.monotonic()
+
+    def _read(self) -> dict[str, Any]:
+        """What was committed; nothing where a power cut left no whole file."""
+        try:
+            state = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def remove(self) -> None:
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def place(self) -> Place:
@@ -301,7 +358,8 @@ class Preparation:
         tell: Callable[[str, int, int | None], None] = lambda *_: None,
     ):
         self.source, self.target, self.workers, self.tell = source, target, workers, tell
-        stats = [(n, *_stat(source.root / n)) for n in source.names]
+        self.stats = [_stat(source.root / n) for n in source.names]
+        stats = [(n, *stat) for n, stat in zip(source.names, self.stats)]
         plain = all(kind_of(source.root / n) != "parquet" and not n.endswith((".gz", ".zst")) for n in source.names)
         self.bytes = sum(s[1] for s in stats) if plain else None
         key = _hash([FORMAT, source.settings(), str(source.root.resolve()), stats, tokenizer_key])
@@ -338,7 +396,7 @@ class Preparation:
                 characters.append(-1)
                 continue
             characters.append(result[1])
-            chain = hashlib.blake2b(chain + result[0], digest_size=16).digest() if chain else result[0]
+            chain = chained(chain, result[0])
             if entry.final:
                 digests, chain = digests + chain, b""
         self.counts["chain"] = chain.hex()
@@ -349,7 +407,7 @@ class Preparation:
     def _bad(self, entry: Entry, error: BadRow, counts: dict[str, int]) -> None:
         if self.source.on_error == "raise":
             key = self.source.key
-            why = str(error) if key else str(error).replace("data.", "").replace("data=", "kind=")
+            why = str(error) if key else re.sub(r" strategy=\w+|data\.", "", str(error)).replace("data=", "kind=")
             raise Refusal(f"{self.source.where(entry)}: {why}; {key}on_error=skip leaves such rows out and counts them")
         counts[error.reason] = counts.get(error.reason, 0) + 1
 
@@ -364,6 +422,7 @@ class Preparation:
         good = self.characters >= 0
         ends = final & good
         self.document = np.minimum(np.cumsum(ends) - ends, len(digests) - 1)
+        self.begins = np.concatenate([[True], final[:-1]])
         order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: of equal ones the first in the files comes first
         again = np.zeros(len(digests), dtype=bool)
         again[order[1:]] = (digests[order[1:]] == digests[order[:-1]]).all(1)
@@ -375,11 +434,12 @@ class Preparation:
             self.fate = np.where(validation, VAL, TRAIN).astype(np.uint8)[self.document]
         else:
             until = np.cumsum(np.where(kept, self.characters, 0), dtype=np.int64)
-            cut = int(int(until[-1]) * (1 - source.val_fraction))
-            self.fate = np.where(until <= cut, TRAIN, VAL).astype(np.uint8)
-            at = int(np.searchsorted(until, cut, side="right"))
-            within = cut - int(until[at - 1] if at else 0)
-            if source.kind == "text" and within:
+            place = int(int(until[-1]) * (1 - source.val_fraction))
+            self.fate = np.where(until <= place, TRAIN, VAL).astype(np.uint8)
+            at = int(np.searchsorted(until, place))
+            within = place - int(until[at - 1] if at else 0)
+            # Also behind the last character of a piece whose document goes on: it ends there for training.
+            if source.kind == "text" and within and (within < self.characters[at] or not final[at]):
                 self.cut, self.fate[at] = (at, within), CUT
         self.fate[~kept] = DROP
         counts = [len(np.unique(self.document[(self.fate == s) | (self.fate == CUT)])) for s in SPLITS]
@@ -436,8 +496,8 @@ class Preparation:
                 pieces = words(example_of(self.source, entry.content)) if entry.row else [entry.content]
                 if fate == CUT and split is not None:
                     assert self.cut is not None
-                    cut = slice(self.cut[1]) if split == "train" else slice(self.cut[1], None)
-                    pieces = [text[cut] for text in pieces]
+                    side = slice(self.cut[1]) if split == "train" else slice(self.cut[1], None)
+                    pieces = [text[side] for text in pieces]
                 yield from pieces
             first += len(unit.entries)
 
@@ -473,16 +533,24 @@ class Preparation:
     def _calls(self, folder: Path) -> Iterator[tuple[Unit, tuple]]:
         first = self.counts["entry"]
         for unit in units(self.source, self.journal.place):
-            fate = self.fate[first : first + len(unit.entries)]
-            cut = self.cut[1] if self.cut is not None and CUT in fate else 0
-            yield unit, (self.source, folder, unit, Plan(fate, cut, self.ends))
-            first += len(unit.entries)
+            here = slice(first, first + len(unit.entries))
+            if here.stop > len(self.fate):
+                raise self._changed()
+            fate = self.fate[here]
+            within = self.cut[1] if self.cut is not None and CUT in fate else 0
+            yield unit, (self.source, folder, unit, Plan(fate, self.begins[here], within, self.ends))
+            first = here.stop
+        if first != len(self.fate) or self.stats != [_stat(self.source.root / n) for n in self.source.names]:
+            raise self._changed()
+
+    def _changed(self) -> Refusal:
+        return Refusal(f"{self.named()} changed while it was read: start again")
 
     def _keep(self, name: str, array: np.ndarray, dtype: str) -> None:
         """Append what a unit gave. Lengths become ends, counted from the split's start; one of -n - 1 is of a document
         that goes on."""
         totals = self.counts["totals"]
-        if name.endswith("bytes"):
+        if name.endswith(("bytes", "characters")):
             totals[name] = totals.get(name, 0) + int(array.sum())
             return
         if name.endswith("ends"):
@@ -531,7 +599,7 @@ class Preparation:
             meta |= {
                 f"{split}_tokens": len(tokens[split]),
                 f"{split}_documents": len(lengths),
-                f"{split}_characters": self.characters_of(split),
+                f"{split}_characters": self.counts["totals"][f"{split}/characters"],
                 f"{split}_lengths": {str(q): int(np.percentile(lengths, q)) for q in (0, 5, 50, 95, 100)},
             }
             if source.kind == "text":

@@ -205,9 +205,9 @@ def units(source: Source, start: Place = Place()) -> Iterator[Unit]:  # noqa: B0
     """Everything from `start` on, in order. How it is cut into units changes nothing that comes of it."""
     entries: list[Entry] = []
     size = 0
-    for entry, then in _entries(source, start):
+    for entry, then, length in _entries(source, start):
         entries.append(entry)
-        size += len(entry.content) if isinstance(entry.content, (bytes, str)) else 500
+        size += length
         if size >= UNIT:
             yield Unit(entries, size, then)
             entries, size = [], 0
@@ -215,7 +215,8 @@ def units(source: Source, start: Place = Place()) -> Iterator[Unit]:  # noqa: B0
         yield Unit(entries, size, then)
 
 
-def _entries(source: Source, start: Place) -> Iterator[tuple[Entry, Place]]:
+def _entries(source: Source, start: Place) -> Iterator[tuple[Entry, Place, int]]:
+    """(entry, where reading goes on behind it, about how many bytes it has)."""
     readers = {"lines": _lines, "array": _array, "parquet": _parquet, "text": _text}
     for i in range(start.file, len(source.names)):
         path = source.root / source.names[i]
@@ -223,7 +224,7 @@ def _entries(source: Source, start: Place) -> Iterator[tuple[Entry, Place]]:
         yield from readers[kind_of(path)](source, path, place)
 
 
-def _lines(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place]]:
+def _lines(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place, int]]:
     with opened(path) as f:
         byte, row = place.byte, place.row
         f.seek(byte) if f.seekable() else _skip(f, byte)
@@ -241,7 +242,7 @@ def _lines(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Pl
             elif not line.strip():
                 content = None
             if content is not None:
-                yield Entry(place.file, row, content), Place(place.file, byte, row + 1)
+                yield Entry(place.file, row, content), Place(place.file, byte, row + 1), min(len(line), MAX_ROW)
             row += 1
 
 
@@ -250,59 +251,80 @@ def _skip(f: IO[bytes], n: int) -> None:
         n -= len(block)
 
 
-def _array(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place]]:
+def _array(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place, int]]:
     """The objects of a JSON array one by one; `row` is the line on which an object begins. An array cannot be read on
     behind a mistake in its syntax, so that is refused in any case."""
     decoder = json.JSONDecoder(parse_constant=refuse_constant)
     with opened(path) as f:
-        text, at, line, number, ended = "", 0, 1, 0, False
-        blocks = _decoded(f, path)
-
-        def more() -> bool:
-            nonlocal text, at, line
-            line += text.count("\n", 0, at)
-            block = next(blocks, "")
-            text, at = text[at:] + block, 0
-            return bool(block)
-
-        def refuse(why: str) -> Refusal:
-            return Refusal(f"{path}:{line + text.count(chr(10), 0, at)}: {why}")
-
-        def skip_space(also: str) -> str:
-            nonlocal at
+        array = _Text(_decoded(f, path))
+        array.skip("\ufeff")
+        array.at += 1  # the bracket, by which kind_of knew it
+        number = 0
+        while (head := array.skip("," if number else "")) != "]":
+            if not head:
+                raise Refusal(f"{path}:{array.line_of(array.at)}: the array is cut off: there is no ] at its end")
             while True:
-                while at < len(text) and text[at] in " \t\r\n" + also:
-                    at += 1
-                if at < len(text) or not more():
-                    return text[at : at + 1]
-
-        skip_space("\ufeff")
-        at += 1  # the bracket, by which kind_of knew it
-        while not ended:
-            if (head := skip_space("," if number else "")) in ("]", ""):
-                if not head:
-                    raise refuse("the array is cut off: there is no ] at its end")
-                break
-            while True:
+                mistake = ""
                 try:
-                    value, end = decoder.raw_decode(text, at)
-                    if end == len(text) and more():  # a number might go on
+                    value, end = decoder.raw_decode(array.text, array.at)
+                    if end < len(array.text) or not array.more():  # else a number might go on
+                        break
+                    continue
+                except json.JSONDecodeError as error:
+                    mistake, at = f"not JSON: {error.msg}", error.pos
+                    # Text that is only cut off fails at its end, or where a string began.
+                    cut = at >= len(array.text) - 16 or error.msg.startswith(("Unterminated", "Invalid \\"))
+                    if cut and len(array.text) - array.at > MAX_ROW:
+                        mistake = f"a row has more than {MAX_ROW:,} characters"
+                    elif cut and array.more():
                         continue
-                    break
-                except (json.JSONDecodeError, ValueError, RecursionError) as error:
-                    if len(text) - at > MAX_ROW:
-                        raise refuse(f"a row has more than {MAX_ROW:,} characters") from None
-                    if isinstance(error, RecursionError) or not more():
-                        why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                        raise refuse(f"not JSON: {why}") from None
+                except BadRow as error:
+                    mistake, at = str(error), array.at
+                except RecursionError:
+                    mistake, at = "nested too deep for the JSON parser", array.at
+                except ValueError:
+                    mistake, at = "an integer is too long; write it as a string", array.at
+                raise Refusal(f"{path}:{array.line_of(at)}: {mistake}")
             number += 1
-            row = line + text.count("\n", 0, at)
-            at = end
+            row, length = array.line_of(array.at), end - array.at
+            array.at = end
             if number > place.pieces:
-                yield Entry(place.file, row, value), Place(place.file, pieces=number)
+                yield Entry(place.file, row, value), Place(place.file, pieces=number), length
+        array.at += 1
+        if array.skip(""):
+            raise Refusal(f"{path}:{array.line_of(array.at)}: something follows the end of the array")
 
 
-def _parquet(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place]]:
+class _Text:
+    """A text that is read block by block; what lies before `at` is forgotten. Lines are counted once."""
+
+    def __init__(self, blocks: Iterator[str]):
+        self.blocks, self.text, self.at = blocks, "", 0
+        self.line, self.counted = 1, 0
+
+    def line_of(self, at: int) -> int:
+        """The line of a place; asked for places in order."""
+        self.line += self.text.count("\n", self.counted, at)
+        self.counted = max(self.counted, at)
+        return self.line
+
+    def more(self) -> bool:
+        """One block more, if there is one."""
+        block = next(self.blocks, "")
+        self.line_of(self.at)
+        self.text, self.counted, self.at = self.text[self.at :] + block, self.counted - self.at, 0
+        return bool(block)
+
+    def skip(self, also: str) -> str:
+        """Go on to the next character that is neither space nor in `also`. -> it, "" at the end."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n" + also:
+                self.at += 1
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
+
+
+def _parquet(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place, int]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -315,22 +337,23 @@ def _parquet(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, 
             group = next((g for g, end in enumerate(ends) if end >= row), len(ends))
             first = (ends[group - 1] if group else 0) + 1
             for batch in f.iter_batches(256, row_groups=list(range(group, len(ends))), use_threads=False):
-                for value in batch.to_pylist() if first + len(batch) > row else ():
-                    if first >= row:
-                        yield Entry(place.file, first, value), Place(place.file, row=first + 1)
+                done = min(max(row - first, 0), len(batch))
+                first += done
+                for value in batch.slice(done).to_pylist():
+                    yield Entry(place.file, first, value), Place(place.file, row=first + 1), batch.nbytes // len(batch)
                     first += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Refusal(f"{path} is not a Parquet file that can be read: {' '.join(str(error).split())[:200]}") from None
 
 
-def _text(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place]]:
+def _text(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Place, int]]:
     """The pieces of each document, a document being the file, or what stands between separators."""
     with opened(path) as f:
         number = 0
         for piece, final in _pieces(_decoded(f, path), source.separator):
             number += 1
             if number > place.pieces:
-                yield Entry(place.file, 0, piece, final), Place(place.file, pieces=number)
+                yield Entry(place.file, 0, piece, final), Place(place.file, pieces=number), len(piece)
 
 
 def _decoded(f: IO[bytes], path: Path) -> Iterator[str]:
@@ -373,6 +396,12 @@ def _pieces(blocks: Iterator[str], separator: str | None) -> Iterator[tuple[str,
         text, begun = text[len(piece) :], True
     if text or begun:
         yield text, True
+
+
+def cut(text: str) -> list[str]:
+    """The pieces of a text: of each but the last more than PIECE characters were left."""
+    pieces = list(_cut(text))
+    return [*pieces, text[sum(map(len, pieces)) :]]
 
 
 def _cut(text: str) -> Iterator[str]:
