@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from etude.data import formats
-from etude.data.prepare import Preparation, Prepared, Texts, Workers, content_hash, open_prepared
+from etude.data.prepare import Preparation, Prepared, Texts, Workers, content_hash, open_prepared, without_data
 from etude.data.source import Source, find
 from etude.errors import Interrupted, Refusal, StorageFault
 from etude.parallel import cores
@@ -78,7 +78,10 @@ def source_of(cfg: dict) -> Source:
         raise Refusal(f"val_fraction={cfg['val_fraction']} should lie between 0 and 1")
     if cfg["separator"] == "":
         raise Refusal("separator is empty; null makes each file one document")
-    formats.check_format(cfg["format"])
+    try:
+        formats.check_format(cfg["format"], cfg["kind"])
+    except Refusal as refusal:
+        raise Refusal(without_data(str(refusal))) from None
     root, names = find(cfg["from"], "from")
     settings = ("kind", "format", "separator", "train_on", "on_error", "duplicates", "split", "val_fraction")
     rename = tuple((cfg["rename"] or {}).items())

@@ -21,6 +21,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,11 @@ def scan_unit(source: Source, unit: Unit) -> list[tuple[bytes, int] | BadRow]:
         except BadRow as error:
             found.append(error)
     return found
+
+
+def without_data(text: str) -> str:
+    """A hint for train.py as one for prepare.py, whose settings are no part of a data node."""
+    return re.sub(r" strategy=\w+|data\.", "", text).replace("data=", "kind=")
 
 
 def text_hash(pieces: Iterable[str], before: bytes = b"") -> bytes:
@@ -207,7 +213,7 @@ class Workers:
     def __init__(self, processes: int):
         self.processes = processes
         self.pool: concurrent.futures.ProcessPoolExecutor | None = None
-        self.started = False
+        self.calls = 0
 
     def __enter__(self) -> "Workers":
         if self.processes > 1:
@@ -242,15 +248,16 @@ class Workers:
 
     def _submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future:
         assert self.pool is not None
-        if self.started:
+        self.calls += 1
+        if self.calls > self.processes:
             return self.pool.submit(function, *arguments)
-        # The first call starts the processes. They inherit what is blocked here until they ignore it for good: a Ctrl-C
-        # in this moment would else end them and not this process.
+        # Each of the first calls starts a process. It inherits what is blocked here until it ignores it for good: a
+        # Ctrl-C in this moment would else end the worker and not this process. The tracker's start would unblock it.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return self.pool.submit(function, *arguments)
         finally:
-            self.started = True
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
@@ -407,7 +414,7 @@ class Preparation:
     def _bad(self, entry: Entry, error: BadRow, counts: dict[str, int]) -> None:
         if self.source.on_error == "raise":
             key = self.source.key
-            why = str(error) if key else re.sub(r" strategy=\w+|data\.", "", str(error)).replace("data=", "kind=")
+            why = str(error) if key else without_data(str(error))
             raise Refusal(f"{self.source.where(entry)}: {why}; {key}on_error=skip leaves such rows out and counts them")
         counts[error.reason] = counts.get(error.reason, 0) + 1
 

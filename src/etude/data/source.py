@@ -260,7 +260,12 @@ def _array(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Pl
         array.skip("\ufeff")
         array.at += 1  # the bracket, by which kind_of knew it
         number = 0
-        while (head := array.skip("," if number else "")) != "]":
+        while (head := array.skip("")) != "]":
+            if number and head == ",":
+                array.at += 1
+                head = array.skip("")
+            elif number and head:
+                raise Refusal(f"{path}:{array.line_of(array.at)}: not JSON: there is no comma between two rows")
             if not head:
                 raise Refusal(f"{path}:{array.line_of(array.at)}: the array is cut off: there is no ] at its end")
             while True:
