@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from etude.data import stored as stored_module
 from etude.data.base import Data, Maker
+from etude.data.journal import Workers
 from etude.data.loader import IGNORED, Batch, Batches, Chain, Documents, Windows
 from etude.data.mixture import Mixture
 from etude.data.order import Mixed, Order, proportions
 from etude.data.pack import pack
-from etude.data.prepare import Preparation, Prepared, Workers, cached, open_prepared, prepare
+from etude.data.prepare import Preparation, Prepared, cached, open_prepared, prepare
 from etude.data.rows import Chats, Pairs, Prompts
 from etude.data.store import Memory
 from etude.data.stored import H5, Bin

@@ -10,7 +10,8 @@ import numpy as np
 
 from etude import config as conf
 from etude.data.base import Maker
-from etude.data.prepare import Preparation, Texts, Workers
+from etude.data.journal import Workers
+from etude.data.prepare import Preparation, Texts
 from etude.data.source import Source
 from etude.errors import Refusal
 from etude.parallel import cores

@@ -14,8 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from etude.data import formats
-from etude.data.prepare import Preparation, Prepared, Texts, Workers, content_hash, open_prepared, without_data
+from etude.data.journal import Workers
+from etude.data.prepare import Preparation, Prepared, Texts, content_hash, open_prepared
 from etude.data.source import Source, find
+from etude.data.work import without_data
 from etude.errors import Interrupted, Refusal, StorageFault
 from etude.parallel import cores
 from etude.training import maker_of

@@ -6,43 +6,46 @@ worker processes return is written in the order of the files, so the result is t
 a few units of about 2 MB are in memory at once (and 21 bytes a document)."""
 
 import collections
-import concurrent.futures.process
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import json
-import multiprocessing
 import os
-import re
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from etude.data import store
-from etude.data.encode import encode, words
-from etude.data.formats import BadRow, Example, normalise, parse
-from etude.data.source import Entry, Place, Source, Unit, cut, kind_of, units
+from etude.data.encode import words
+from etude.data.formats import BadRow
+from etude.data.journal import Journal, Workers
+from etude.data.source import Entry, Source, Unit, kind_of, units
+from etude.data.work import (
+    CUT,
+    DROP,
+    SPLITS,
+    TRAIN,
+    VAL,
+    Plan,
+    chained,
+    encode_unit,
+    example_of,
+    parts,
+    scan_unit,
+    without_data,
+)
 from etude.errors import Refusal, StorageFault
 from etude.text import tokenizer as tok
 
 FORMAT = 2  # of the file; another number makes everything anew
-COMMIT_SECONDS = 2.0
 SEGMENT = 1 << 26  # elements
-DROP, TRAIN, VAL, CUT = 0, 1, 2, 3  # what becomes of an entry
-SPLITS = {TRAIN: "train", VAL: "val"}
 BASELINE = 5_000_000  # training tokens that the bigram model counts at most
 
 Make = Callable[[Iterable[str], Iterable[str]], tok.Tokenizer]
-Arrays = dict[str, list[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,281 +78,7 @@ def open_prepared(path: Path) -> Prepared:
     return Prepared(h5, meta, texts)
 
 
-def parts(kind: str) -> dict[str, str]:
-    """The arrays of a split by name, with their types ("ids": as wide as the vocabulary needs). `ends` are the places in
-    `tokens` where documents end; `targets` marks the tokens to be predicted; `fields` are a row's other keys as JSON."""
-    more = {"text": {}, "chats": {"targets": "uint8"}, "pairs": {"targets": "uint8"}}
-    return {"tokens": "ids", "ends": "int64"} | more.get(kind, {"fields": "uint8", "fields_ends": "int64"})
-
-
-# ---------------------------------------------------------------- what workers do
-
-
-def scan_unit(source: Source, unit: Unit) -> list[tuple[bytes, int] | BadRow]:
-    """(hash, characters) of each entry, or what is wrong with it."""
-    found: list[tuple[bytes, int] | BadRow] = []
-    for entry in unit.entries:
-        try:
-            if entry.row == 0:
-                found.append((text_hash([entry.content]), len(entry.content)))
-                continue
-            texts = list(words(example := example_of(source, entry.content)))
-            if source.kind == "text":
-                found.append((text_hash(cut(texts[0])), len(texts[0])))
-            else:
-                whole = json.dumps([example.prompt, example.answers, example.fields], sort_keys=True)
-                found.append((text_hash([whole]), sum(map(len, texts))))
-        except BadRow as error:
-            found.append(error)
-    return found
-
-
-def without_data(text: str) -> str:
-    """A hint for train.py as one for prepare.py, whose settings are no part of a data node."""
-    return re.sub(r" strategy=\w+|data\.", "", text).replace("data=", "kind=")
-
-
-def text_hash(pieces: Iterable[str], before: bytes = b"") -> bytes:
-    """Of a text, from its pieces' hashes: the same whether a file gives it in pieces or a row whole."""
-    for piece in pieces:
-        before = chained(before, hashlib.blake2b(piece.encode(), digest_size=16).digest())
-    return before
-
-
-def chained(before: bytes, digest: bytes) -> bytes:
-    return hashlib.blake2b(before + digest, digest_size=16).digest() if before else digest
-
-
-def example_of(source: Source, content: Any) -> Example:
-    """The example that a row is. Raises BadRow."""
-    if isinstance(content, BadRow):
-        raise content
-    row = parse(content) if isinstance(content, bytes) else content
-    return normalise(row, source.kind, source.format, dict(source.rename))
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is to become of a unit's entries: DROP, TRAIN, VAL, or CUT, where a text's first `cut` characters are the last
-    of training and the rest is validation. `begins`: which of them begin a document."""
-
-    fate: np.ndarray
-    begins: np.ndarray
-    cut: int
-    ends: tuple[bool, bool]  # whether an end token stands behind each document of (train, val)
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> tok.Tokenizer:
-    return tok.load(folder)
-
-
-def encode_unit(source: Source, folder: Path, unit: Unit, plan: Plan) -> tuple[Arrays, list[tuple[int, BadRow]]]:
-    """-> the arrays of `parts` by "<split>/<name>", with lengths instead of ends and "<split>/bytes" of text; and
-    (entry, what is wrong with it). `folder` has the tokenizer's files."""
-    tokenizer = _tokenizer(folder)
-    out: Arrays = collections.defaultdict(list)
-    bad: list[tuple[int, BadRow]] = []
-    if source.kind == "text":
-        _encode_texts(source, tokenizer, unit, plan, out, bad)
-        return out, bad
-    at = np.flatnonzero(plan.fate != DROP)
-    examples = [example_of(source, unit.entries[i].content) for i in at]
-    for i, example, documents in zip(at, examples, encode(examples, tokenizer, source.kind, source.train_on)):
-        if isinstance(documents, BadRow):
-            bad.append((int(i), documents))
-            continue
-        split = SPLITS[plan.fate[i]]
-        out[f"{split}/characters"].append(np.array([sum(map(len, words(example)))]))
-        for document in documents:
-            out[f"{split}/tokens"].append(document.ids)
-            out[f"{split}/ends"].append(np.array([len(document.ids)]))
-            if source.kind != "prompts":
-                out[f"{split}/targets"].append(document.targets.astype(np.uint8))
-        if source.kind == "prompts":
-            fields = np.frombuffer(json.dumps(example.fields, ensure_ascii=False).encode(), dtype=np.uint8)
-            out[f"{split}/fields"].append(fields)
-            out[f"{split}/fields_ends"].append(np.array([len(fields)]))
-    return out, bad
-
-
-def _encode_texts(
-    source: Source, tokenizer: tok.Tokenizer, unit: Unit, plan: Plan, out: Arrays, bad: list[tuple[int, BadRow]]
-) -> None:
-    pieces: list[tuple[int, str, bool]] = []
-    for i, (entry, fate) in enumerate(zip(unit.entries, plan.fate)):
-        if fate == DROP:
-            continue
-        text = entry.content if entry.row == 0 else str(example_of(source, entry.content).answers[0])
-        try:
-            tokenizer.check(text, "the text")
-        except Refusal as error:
-            bad.append((i, BadRow(str(error))))
-            if plan.begins[i] and entry.final:
-                continue
-            text = ""  # the document goes on, or ends here, without it
-        sides = [(TRAIN, text[: plan.cut], True), (VAL, text[plan.cut :], entry.final)]
-        for side, part, final in sides if fate == CUT else [(fate, text, entry.final)]:
-            *first, last = cut(part)
-            pieces += [*((side, piece, False) for piece in first), (side, last, final)]
-    end = np.array([] if tokenizer.eos is None else [tokenizer.eos], dtype=np.uint32)
-    for (fate, text, final), ids in zip(pieces, tokenizer.encode_many([text for _, text, _ in pieces])):
-        split = SPLITS[fate]
-        out[f"{split}/bytes"].append(np.array([len(text.encode())]))
-        out[f"{split}/characters"].append(np.array([len(text)]))
-        if final and plan.ends[fate - TRAIN]:
-            ids = np.concatenate([ids, end])
-        out[f"{split}/tokens"].append(ids)
-        # A piece that does not end its document has a negative length: the next one goes on.
-        out[f"{split}/ends"].append(np.array([len(ids) if final else -len(ids) - 1]))
-
-
 # ---------------------------------------------------------------- the two passes
-
-
-class Workers:
-    """A function over units: here with 0 or 1 processes, else in that many, a few units ahead and in order."""
-
-    def __init__(self, processes: int):
-        self.processes = processes
-        self.pool: concurrent.futures.ProcessPoolExecutor | None = None
-        self.calls = 0
-
-    def __enter__(self) -> "Workers":
-        if self.processes > 1:
-            self.pool = concurrent.futures.ProcessPoolExecutor(
-                self.processes, multiprocessing.get_context("spawn"), initializer=_settle, initargs=(os.getpid(),)
-            )
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
-    def map(self, function: Callable[..., Any], calls: Iterable[tuple[Unit, tuple]]) -> Iterator[tuple[Unit, Any]]:
-        """(unit, function(*arguments)) for each (unit, arguments)."""
-        if self.pool is None:
-            for unit, arguments in calls:
-                yield unit, function(*arguments)
-            return
-        ahead: collections.deque = collections.deque()
-        try:
-            for unit, arguments in calls:
-                ahead.append((unit, self._submit(function, *arguments)))
-                if len(ahead) > self.processes + 2:
-                    first, future = ahead.popleft()
-                    yield first, future.result()
-            for unit, future in ahead:
-                yield unit, future.result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise StorageFault(
-                "a worker process was killed, perhaps for its memory: the same command goes on; with processes=1 it takes least"
-            ) from None
-
-    def _submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future:
-        assert self.pool is not None
-        self.calls += 1
-        if self.calls > self.processes:
-            return self.pool.submit(function, *arguments)
-        # Each of the first calls starts a process. It inherits what is blocked here until it ignores it for good: a
-        # Ctrl-C in this moment would else end the worker and not this process. The tracker's start would unblock it.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return self.pool.submit(function, *arguments)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def _settle(parent: int) -> None:
-    """One thread a process; Ctrl-C is the parent's to handle; and without the parent there is nothing to do."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class Journal:
-    """Flat files that grow and are cut back to what was last committed when the work is taken up again."""
-
-    def __init__(self, folder: Path, key: str):
-        self.folder, self.path = folder, folder / "state.json"
-        self.state: dict[str, Any] = {"key": key, "stage": "scan", "place": None, "sizes": {}, "counts": {}}
-        if (old := self._read()).get("key") == key:
-            self.state = old
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        self.out: dict[str, Any] = {}
-        self.committed = time.monotonic()
-
-    def _read(self) -> dict[str, Any]:
-        """What was committed; nothing where a power cut left no whole file."""
-        try:
-            state = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            return {}
-        return state if isinstance(state, dict) else {}
-
-    def remove(self) -> None:
-        self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    @property
-    def place(self) -> Place:
-        return Place(**(self.state["place"] or {}))
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        return self.state["counts"]
-
-    def append(self, name: str, array: np.ndarray) -> None:
-        if name not in self.out:
-            path = self.folder / name
-            path.touch()
-            os.truncate(path, self.state["sizes"].get(name, 0))
-            self.out[name] = path.open("ab")
-        self.out[name].write(array.tobytes())
-
-    def commit(self, then: Place | None, stage: str | None = None) -> None:
-        """Now and then (always with a new stage): what was written counts, and reading goes on at `then`."""
-        if stage is None and time.monotonic() - self.committed < COMMIT_SECONDS:
-            return
-        for f in self.out.values():
-            f.flush()
-            os.fsync(f.fileno())
-        self.state["sizes"] |= {name: f.tell() for name, f in self.out.items()}
-        self.state["place"] = None if then is None else dataclasses.asdict(then)
-        self.state["stage"] = stage or self.state["stage"]
-        temporary = self.path.with_suffix(".new")
-        temporary.write_text(json.dumps(self.state))
-        os.replace(temporary, self.path)
-        self.committed = time.monotonic()
-
-    def read(self, name: str, dtype: str, shape: tuple[int, ...] = (-1,)) -> np.ndarray:
-        """A committed file as a memory map; empty where nothing was appended."""
-        size = self.state["sizes"].get(name, 0)
-        if not size:
-            return np.zeros(0, dtype=dtype).reshape(0, *shape[1:])
-        return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=(size // np.dtype(dtype).itemsize,)).reshape(
-            shape
-        )
-
-    def restart(self, stage: str, keep: tuple[str, ...]) -> None:
-        """Begin a stage anew with only the files named."""
-        self.state["sizes"] = {name: n for name, n in self.state["sizes"].items() if name in keep}
-        self.commit(None, stage)
-
-    def close(self) -> None:
-        for f in self.out.values():
-            f.close()
-        self.out = {}
 
 
 class Preparation:
