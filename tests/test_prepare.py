@@ -566,11 +566,9 @@ def begin() -> Iterator[Callable[..., subprocess.Popen]]:
 
     def start(*overrides: object, program: str | None = None) -> subprocess.Popen:
         command = [sys.executable, *(["-c", program] if program else ["prepare.py"]), *map(str, overrides)]
-        pipe = subprocess.PIPE
+        pipe, env = subprocess.PIPE, environment() | {"OMP_NUM_THREADS": "2"}  # a thread that may take signals too
         begun.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True
-            )
+            subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
         )
         return begun[-1]
 
@@ -684,11 +682,8 @@ def test_interrupted(
     target = tmp_path / "b.h5"
     command = (f"from={corpus}", f"to={target}", *SETTINGS, f"processes={processes}")
     process = begin(*command, program=FAST)
-    if moment.startswith(
-        "begun"
-    ):  # while the first worker starts, or the second, beside the tracker of multiprocessing
+    if moment.startswith("begun"):  # when the first worker, or the second, is there beside the tracker
         assert until(process, lambda: len(children(process.pid)) >= (3 if "all" in moment else 2))
-        time.sleep(0.05)
     else:
         assert until(process, lambda: state_of(target).get("stage") == moment)
     os.killpg(process.pid, signal.SIGINT)

@@ -57,7 +57,7 @@ def bpe(vocab_size: int = 400, train: str = CORPUS + "日本語 👍 日本語 �
 def test_any_text_comes_back(make: Callable[[], Tokenizer]) -> None:
     """Both ways in (one text, a corpus) and the file between training and use must keep every character."""
     tokenizer, rng = make(), random.Random(0)
-    reloaded = tok.from_json(tokenizer.to_json())
+    reloaded = tok.from_files({"tokenizer.json": tokenizer.to_json()})
     texts = HARD + [random_text(rng, rng.randint(1, 60)) for _ in range(200)]
     for text, many in zip(texts, tokenizer.encode_many(texts)):
         ids = tokenizer.encode(text)
@@ -115,18 +115,18 @@ def test_characters_are_the_sorted_set() -> None:
             assert tokenizer.encode(text) == [characters.index(c) for c in text]
             assert tokenizer.encode_many([text])[0].tolist() == tokenizer.encode(text)
             assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert tok.from_json(tokenizer.to_json()).encode(corpus[1]) == tokenizer.encode(corpus[1])
+        assert tok.from_files({"tokenizer.json": tokenizer.to_json()}).encode(corpus[1]) == tokenizer.encode(corpus[1])
     assert tokenizer.eos is None
 
 
 def test_unknown_characters_are_named_or_mapped() -> None:
     """Dropped silently, a prompt would mean something else."""
-    strict = tok.from_json(tok.char(["abc"], ["abc"], unknown="error").to_json())
+    strict = tok.from_files(tok.char(["abc"], ["abc"], unknown="error").files())
     with pytest.raises(Refusal, match=r"the text has characters.*'☃' \(U\+2603\).*tokenizer.unknown=unk"):
         strict.encode("ab☃c")
     with pytest.raises(Refusal, match="and 2 more"):
         strict.encode("0123456789")
-    lenient = tok.from_json(tok.char(["abc"], ["abc"], unknown="unk").to_json())
+    lenient = tok.from_files(tok.char(["abc"], ["abc"], unknown="unk").files())
     assert lenient.encode("a☃\nc") == [0, 3, 3, 2]
     assert lenient.decode([0, 3, 2]) == "a<unk>c"
 

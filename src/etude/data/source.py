@@ -278,7 +278,7 @@ def _array(source: Source, path: Path, place: Place) -> Iterator[tuple[Entry, Pl
                 except json.JSONDecodeError as error:
                     mistake, at = f"not JSON: {error.msg}", error.pos
                     # Text that is only cut off fails at its end, or where a string began.
-                    cut = at >= len(array.text) - 16 or error.msg.startswith(("Unterminated", "Invalid \\"))
+                    cut = at >= len(array.text) - 16 or error.msg.startswith("Unterminated")
                     if cut and len(array.text) - array.at > MAX_ROW:
                         mistake = f"a row has more than {MAX_ROW:,} characters"
                     elif cut and array.more():
@@ -382,8 +382,8 @@ def _pieces(blocks: Iterator[str], separator: str | None) -> Iterator[tuple[str,
     text, begun = "", False
     for block in itertools.chain(blocks, [None]):  # type: ignore[list-item]
         text += block or ""
-        while separator and separator in text:
-            document, _, text = text.partition(separator)
+        *whole, text = text.split(separator) if separator else [text]
+        for document in whole:
             for piece in _cut(document):
                 yield piece, False
                 document, begun = document[len(piece) :], True

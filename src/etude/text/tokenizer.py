@@ -115,15 +115,17 @@ def load(path: str | Path) -> Tokenizer:
             continue
         except (OSError, UnicodeDecodeError) as error:
             raise Refusal(f"{path} cannot be read as text: {error}") from None
-    return from_files(files, folder)
+    return from_files(files, folder, file)
 
 
-def from_files(files: dict[str, str], folder: Path | str = "the tokenizer") -> Tokenizer:
-    """The inverse of Tokenizer.files. Raises Refusal where tokenizer.json is none."""
+def from_files(
+    files: dict[str, str], folder: Path | str = "the tokenizer", file: Path | str = "tokenizer.json"
+) -> Tokenizer:
+    """The inverse of Tokenizer.files; where they lie is for errors. Raises Refusal where tokenizer.json is none."""
     try:
         backend = Backend.from_str(files["tokenizer.json"])
     except Exception as error:  # the library raises plain Exception
-        raise Refusal(f"{folder}/tokenizer.json is not a tokenizer.json of the tokenizers library: {error}") from None
+        raise Refusal(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from None
     config = _json(files, "tokenizer_config.json", folder)
     if template := files.get("chat_template.jinja"):
         config["chat_template"] = template
