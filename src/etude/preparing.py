@@ -43,14 +43,11 @@ def run(cfg: dict) -> int:
             alone(lock, target)
             with Workers(cfg["processes"] or cores()) as workers, Bar(cfg["progress"], console) as bar:
                 preparation = Preparation(source, target, workers, maker.key, bar.tell)
-                with contextlib.closing(preparation.journal), given_up(preparation):
+                with contextlib.closing(preparation.journal), given_up(preparation, beside):
                     preparation.scan()
                     train = bar.count("tokenizer", Texts([preparation], "train"), preparation.characters_of("train"))
                     preparation.encode(preparation.tokenizer or maker.make(train, Texts([preparation], None)))
         clear(beside)
-    except Refusal:
-        clear(beside[1:])
-        raise
     except KeyboardInterrupt:
         raise Interrupted("what is done is kept: the same command goes on from there") from None
     except OSError as error:
@@ -61,12 +58,13 @@ def run(cfg: dict) -> int:
 
 
 @contextlib.contextmanager
-def given_up(preparation: Preparation) -> Iterator[None]:
+def given_up(preparation: Preparation, beside: list[Path]) -> Iterator[None]:
     """What is refused has to change, so what was done of it is of no use."""
     try:
         yield
     except Refusal:
-        preparation.journal.remove()
+        preparation.journal.close()
+        clear(beside)
         raise
 
 

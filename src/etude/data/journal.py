@@ -29,7 +29,6 @@ class Workers:
     def __init__(self, processes: int):
         self.processes = processes
         self.pool: concurrent.futures.ProcessPoolExecutor | None = None
-        self.calls = 0
 
     def __enter__(self) -> "Workers":
         if self.processes > 1:
@@ -63,18 +62,21 @@ class Workers:
             ) from None
 
     def _submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future:
+        """A call may start a process, and a Ctrl-C in that moment would end the worker, with a traceback: so the worker
+        inherits it blocked, until it ignores it for good, and here it waits until the call is made."""
         assert self.pool is not None
-        self.calls += 1
-        if self.calls > self.processes:
-            return self.pool.submit(function, *arguments)
-        # Each of the first calls starts a process. It inherits what is blocked here until it ignores it for good: a
-        # Ctrl-C in this moment would else end the worker and not this process. The tracker's start would unblock it.
-        resource_tracker.ensure_running()
+        resource_tracker.ensure_running()  # its start would unblock the signal
+        held: list[int] = []
+        before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            return self.pool.submit(function, *arguments)
+            future = self.pool.submit(function, *arguments)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.signal(signal.SIGINT, before)
+        if held:
+            raise KeyboardInterrupt
+        return future
 
 
 def _settle(parent: int) -> None:
@@ -112,10 +114,6 @@ class Journal:
         except (OSError, ValueError):
             return {}
         return state if isinstance(state, dict) else {}
-
-    def remove(self) -> None:
-        self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def place(self) -> Place:
