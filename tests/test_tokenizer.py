@@ -163,14 +163,15 @@ def test_streamed_text_is_whole(make: Callable[[], Tokenizer]) -> None:
 
 
 def test_streamed_bytes_that_are_no_text() -> None:
-    """An untrained model of bytes says such things; the pieces still add up to what decode makes of them."""
+    """An untrained model of bytes says such things; the pieces still add up to what decode makes of them, but for what may
+    be a character that the end has cut: that is not shown by halves either."""
     tokenizer, rng = byte(), random.Random(2)
     for _ in range(200):
         ids = [
             rng.choice([rng.randrange(128, 256), rng.randrange(256), 10, 0xE2, 0xF0, tokenizer.eos]) for _ in range(30)
         ]
         pushed, rest = stream(tokenizer, ids)
-        assert "".join(pushed) + rest == tokenizer.decode(ids, skip_special=True)
+        assert "".join(pushed) + rest == tokenizer.decode(ids, skip_special=True).rstrip("\ufffd")
 
 
 def test_streamed_spaces_of_a_word_tokenizer() -> None:

@@ -3,7 +3,6 @@
 A machine with neighbours is fast one minute and slow the next: so times are medians over rounds in which both programs
 take turns, and what counts is their ratio."""
 
-import copy
 import json
 import re
 import resource
@@ -93,9 +92,6 @@ def measure(cfg: dict, session: Any, against: Any) -> dict[str, Any]:
         result |= summary(rounds[0], tokens, session)
     if decoding:
         result["decode_tokens_per_s"] = statistics.median(decoded[0])
-        result["uncached_tokens_per_s"] = decode_rate(
-            session, cfg["decode_tokens"], cfg["decode_batch"], use_cache=False
-        )
     if against is not None:
         result["against"] = cfg["against"]
         result["against_active_parameters"] = against.model.n_active()
@@ -209,22 +205,23 @@ def summary(rounds: list[dict[str, float]], tokens: int, session: Any) -> dict[s
     }
 
 
-def decode_rate(session: Any, new: int, batch: int, use_cache: bool = True) -> float:
+def decode_rate(session: Any, new: int, batch: int) -> float:
     """New tokens a second of `batch` rows after a prompt of 16, greedy."""
-    from etude.infer.generate import Row, decode
-    from etude.infer.load import fuse
+    from etude.infer.engine import InferenceEngine
+    from etude.infer.request import Request
     from etude.infer.sampling import Sampling
 
-    model: Any = fuse(copy.deepcopy(session.model)).eval()
-    limit = model.position_limit
+    engine = InferenceEngine(session.model, session.tokenizer, conf.build(session.cfg["engine"]))
+    limit = engine.limit
     new = min(new, limit - 16) if limit else new
     prompt = session.prepared[0].ids("train").read(0, 16).tolist()
 
     def go(count: int) -> float:
-        rows = [Row(list(prompt)) for _ in range(batch)]
+        request = Request(
+            prompt=prompt, n=batch, max_tokens=count, sampling=Sampling(temperature=0.0), ignore_stop_ids=True
+        )
         start = time.perf_counter()
-        for _ in decode(model, rows, Sampling(temperature=0.0), count, set(), use_cache):
-            pass
+        engine.generate([request])
         return time.perf_counter() - start
 
     go(2)

@@ -17,6 +17,8 @@ from etude.signature import did_you_mean
 # Values that are free text: quoted for Hydra's grammar on the way in, so that a prompt may hold any character.
 TEXT_KEYS = (
     "prompt",
+    "regex",
+    "json_schema",
     "ckpt",
     "file",
     "out",

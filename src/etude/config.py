@@ -85,12 +85,16 @@ class Generate:
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    typical_p: float | None
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    json_schema: str | None
+    regex: str | None
     stop: list[str]
     seed: int
+    logprobs: int | None
     stream: bool
-    cache: bool
-    batch_size: int
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["fp32", "bf16"]
     threads: int | None
@@ -370,7 +374,7 @@ def check_all() -> list[str]:
         group, choice = path.parent.relative_to(CONF), path.stem
         if path.parent.with_suffix(".yaml").exists():  # conf/model/llama/1b.yaml is model=llama/1b
             group, choice = group.parent, f"{group.name}/{choice}"
-        jobs.append(("train", [f"{group}={choice}"]))
+        jobs.append(("bench" if group.name == "engine" else "train", [f"{group}={choice}"]))
     # What a choice or a script cannot have a default for.
     needs = {
         "generate": ["ckpt=x"],

@@ -216,24 +216,16 @@ class Session:
 
     def sample(self, step: int) -> list[tuple[str, str]]:
         """Text after each of sample_prompts, written to the trackers by rank 0. -> (prompt, text) pairs."""
-        import torch
-
-        from etude.infer.generate import can_cache, complete, encode_prompt
+        from etude.infer.engine import InferenceEngine
         from etude.infer.sampling import Sampling
 
         if self.world.rank != 0 or not self.prompts:
             return []
-        self.model.eval()
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
-            rows = complete(
-                self.model,
-                self.tokenizer,
-                [encode_prompt(self.tokenizer, p) for p in self.prompts],
-                Sampling(temperature=0.8, top_k=50, seed=self.cfg["seed"]),
-                self.cfg["sample_tokens"],
-                use_cache=can_cache(self.model),
-            )
-        self.model.train()
+        rows = InferenceEngine(self.model, self.tokenizer).generate(
+            self.prompts,
+            sampling=Sampling(temperature=0.8, top_k=50, seed=self.cfg["seed"]),
+            max_tokens=self.cfg["sample_tokens"],
+        )
         pairs = [(p, r.text) for p, r in zip(self.prompts, rows)]
         for i, (prompt, text) in enumerate(pairs):
             self.tracker.text(step, f"sample/{i}", prompt + text)
@@ -480,7 +472,6 @@ class Session:
         return "\n".join(lines)
 
     def end_summary(self, reason: str, status: runs.Status) -> list[str]:
-        from etude.infer.generate import can_cache
         from etude.loop import goal
 
         metrics = status.fields["metrics"]
@@ -498,11 +489,10 @@ class Session:
         pairs = self.sample(self.progress.step)
         for prompt, text in pairs:
             lines += ["", f"--- sample after {prompt!r}", prompt + text]
-        uncached = "" if can_cache(self.model) else " cache=false"
         if self.meta["kind"] == "text":
             prompt = next((p for p in self.prompts if p.strip()), "")
-            return [*lines, "", f'generate: python generate.py ckpt={self.folder} prompt="{prompt}"{uncached}']
-        return [*lines, "", f"talk:    python generate.py ckpt={self.folder} chat=true{uncached}"]
+            return [*lines, "", f'generate: python generate.py ckpt={self.folder} prompt="{prompt}"']
+        return [*lines, "", f"talk:    python generate.py ckpt={self.folder} chat=true"]
 
 
 def memory_estimate(model: Any, rows: int, precision: str) -> int:

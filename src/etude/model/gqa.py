@@ -114,7 +114,7 @@ class GQA(nn.Module):
         return 12 * self.n_heads * self.head_dim * min(length, self.window or length)
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
-        """(B, T, D) -> what `side_by_side` names, one after another; inference computes them as one (infer.load.fuse)."""
+        """(B, T, D) -> what `side_by_side` names, one after another; inference computes them as one (infer.pack)."""
         out = self.q(x), self.k(x), self.v(x)
         return out if self.gate is None else (*out, self.gate(x))
 

@@ -119,8 +119,19 @@ class MLA(nn.Module):
         return 6 * self.n_heads * (self.nope_dim + self.rope_dim + self.v_dim) * min(length, self.window or length)
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
-        """(B, T, D) -> what `side_by_side` names, one after another; inference computes them as one (infer.load.fuse)."""
+        """(B, T, D) -> what `side_by_side` names, one after another; inference computes them as one (infer.pack)."""
         return (self.q(x) if self.q_lora_rank is None else self.q_down(x)), self.kv_down(x)
+
+    def absorb(self, q: Tensor) -> Tensor:
+        """Queries of the channels that the latent makes (B, H, T, nope) -> of the latent itself (B, H, T, R)."""
+        return q @ self._up()[0]
+
+    def expand(self, y: Tensor) -> Tensor:
+        """Latents that the heads gathered (B, H, T, R) -> their values (B, H, T, v)."""
+        return y @ self._up()[1].transpose(1, 2)
+
+    def _up(self) -> tuple[Tensor, ...]:
+        return self.kv_up.weight.view(self.n_heads, -1, self.rank).split((self.nope_dim, self.v_dim), 1)
 
     def forward(
         self, x: Tensor, positions: Tensor | None = None, documents: Documents | None = None, cache=None
@@ -141,10 +152,8 @@ class MLA(nn.Module):
             k = torch.cat((k_nope, k_rope.expand(-1, self.n_heads, -1, -1)), -1)
             y = attend(torch.cat((q_nope, q_rope), -1), k, v, documents, self.scale, self.window)
         else:
-            up = self.kv_up.weight.view(self.n_heads, -1, self.rank)
-            k_up, v_up = up.split((self.nope_dim, self.v_dim), 1)
-            q = torch.cat((q_nope @ k_up, q_rope), -1)  # (B, H, T, R + P)
+            q = torch.cat((self.absorb(q_nope), q_rope), -1)  # (B, H, T, R + P)
             k = torch.cat((latent[:, None], k_rope), -1)  # (B, 1, T, R + P)
-            y = cache.attend(q, k, None, self.scale, self.window)[..., : self.rank] @ v_up.transpose(1, 2)
+            y = self.expand(cache.attend(q, k, None, self.scale, self.window)[..., : self.rank])
         y = y.transpose(1, 2).reshape(B, T, -1)
         return parts.dropout(self.out(y), self.dropout, self.training)

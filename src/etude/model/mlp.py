@@ -64,7 +64,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.check(hidden, dropout)
         hidden = hidden or parts.gated_hidden(dim)
-        self.act, self.dropout = parts.ACTIVATIONS[activation], dropout
+        self.act, self.activation, self.dropout = parts.ACTIVATIONS[activation], activation, dropout
         self.gate = nn.Linear(dim, hidden, bias=bias)
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.out = nn.Linear(hidden, dim, bias=bias)
@@ -78,10 +78,14 @@ class GatedMLP(nn.Module):
             raise ValueError(f"model.ffn.hidden={hidden} should be at least 1")
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
-        """(B, T, D) -> what `side_by_side` names, one after another; inference computes them as one (infer.load.fuse)."""
+        """(B, T, D) -> what `side_by_side` names, one after another; inference computes them as one (infer.pack)."""
         return self.gate(x), self.up(x)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> the hidden channels (B, T, H)."""
+        gate, up = self.project(x)
+        return self.act(gate) * up
 
     def forward(self, x: Tensor) -> tuple[Tensor, Aux | None]:
         """x (B, T, D) -> ((B, T, D), None)."""
-        gate, up = self.project(x)
-        return parts.dropout(self.out(self.act(gate) * up), self.dropout, self.training), None
+        return parts.dropout(self.out(self.activate(x)), self.dropout, self.training), None

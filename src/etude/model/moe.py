@@ -62,7 +62,7 @@ class MoE(nn.Module):
         self.check(n_experts, top_k, n_shared, hidden, n_groups, top_groups, group_top, dropout)
         hidden = hidden or parts.gated_hidden(dim, top_k + n_shared)
         self.n_experts, self.top_k, self.hidden = n_experts, top_k, hidden
-        self.act, self.score = parts.ACTIVATIONS[activation], SCORES[score]
+        self.act, self.activation, self.score = parts.ACTIVATIONS[activation], activation, SCORES[score]
         self.n_groups, self.top_groups, self.group_top = n_groups, top_groups, group_top
         self.renormalize, self.scale = renormalize, scale
         self.aux_loss, self.z_loss, self.bias_rate = aux_loss, z_loss, bias_rate
@@ -119,6 +119,14 @@ class MoE(nn.Module):
         """Parameters that a token does not visit."""
         return (self.n_experts - self.top_k) * (self.gate_up[0].numel() + self.out[0].numel())
 
+    def router_logits(self, x: Tensor) -> Tensor:
+        """x (N, D) -> (N, E) in fp32."""
+        return F.linear(x.float(), self.router.weight.float())
+
+    def experts(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """What the chosen experts make of x, see `experts` below; inference has its own way (infer.pack)."""
+        return experts(x, chosen, weights, self.gate_up, self.out, self.act, self.compute)
+
     def route(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """scores (N, E) -> the chosen experts (N, K) and their weights (N, K)."""
         choice = scores.detach()
@@ -140,10 +148,10 @@ class MoE(nn.Module):
         B, T, D = x.shape
         flat = x.reshape(-1, D)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(flat.float(), self.router.weight.float())
+            logits = self.router_logits(flat)
             scores = self.score(logits)
             chosen, weights = self.route(scores)
-        y = experts(flat, chosen, weights, self.gate_up, self.out, self.act, self.compute).view(B, T, D)
+        y = self.experts(flat, chosen, weights).view(B, T, D)
         if self.shared is not None:
             y = y + self.shared(x)[0]
         y = parts.dropout(y, self.dropout, self.training)

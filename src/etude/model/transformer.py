@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -187,7 +186,7 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """States (..., D) -> logits (..., V) in fp32."""
-        return head.soft_cap(F.linear(x, self.head.weight).float(), self.logit_cap)
+        return head.soft_cap(self.head(x).float(), self.logit_cap)
 
     def forward(
         self,

@@ -11,14 +11,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from etude.errors import EtudeError, Refusal
-from etude.infer.generate import Row, can_cache, decode
+from etude.errors import EtudeError, NonFinite, Refusal
+from etude.infer.engine import InferenceEngine, Settings
+from etude.infer.request import Completion, Request
 from etude.infer.sampling import Sampling
 from etude.strategy.seq import Metrics
 from etude.text import chat
 from etude.text.tokenizer import Tokenizer
 
 ROUND = 32  # rows are padded to a multiple of so many tokens: every new shape costs a compilation on CPU
+ROLLOUT = Settings(step_tokens=2048)  # many short prompts at once
 EPS = 1e-4  # beside the standard deviation of rewards
 
 
@@ -123,7 +125,7 @@ class GRPO:
         bare.eval()
         try:
             rows = self.roll_out(bare, prompts)
-            made = assemble([r.prompt for r in rows], [r.out for r in rows], bare.position_limit)
+            made = assemble([r.prompt for r in rows], [r.ids for r in rows], bare.position_limit)
             made = {name: t.to(batch["tokens"].device) for name, t in made.items()}
             with torch.no_grad(), tempered(bare, self.sampling.temperature):
                 made["old_logprob"] = bare(made["tokens"], targets=made["targets"], doc_ids=made["doc_ids"])[0].logprob
@@ -135,8 +137,8 @@ class GRPO:
         made["advantages"] = advantages(rewards, self.group_size, self.scale).to(made["old_logprob"])
         return made | {"metrics": row_metrics(rows) | self.reward_metrics(judged, rewards)}
 
-    def roll_out(self, model: Any, prompts: list[list[int]]) -> list[Row]:
-        """group_size finished rows of each prompt, those of prompt 0 first."""
+    def roll_out(self, model: Any, prompts: list[list[int]]) -> list[Completion]:
+        """group_size completions of each prompt, those of prompt 0 first."""
         if not all(prompts):
             raise Refusal(
                 "a prompt has no tokens, so nothing predicts a completion's first one; leave empty prompts out"
@@ -146,18 +148,24 @@ class GRPO:
             raise Refusal(
                 f"a prompt of {longest} tokens and strategy.max_completion={self.max_completion} are more than the model's {limit} positions; lower strategy.max_completion or data.seq_len, or raise model.max_len"
             )
-        rows = [Row(p, i * self.group_size + g) for i, p in enumerate(prompts) for g in range(self.group_size)]
-        sampling = dataclasses.replace(self.sampling, seed=int(torch.randint(2**63 - 1, ())))
-        device = next(model.parameters()).device.type
-        # Every length would be compiled anew; and keys and values are kept in the weights' type, which autocast's is not.
-        with torch.compiler.set_stance("force_eager"), torch.autocast(device, enabled=False):
-            for _ in decode(model, rows, sampling, self.max_completion, self.stop_ids, can_cache(model)):
-                pass
+        requests = [
+            Request(
+                prompt=p,
+                n=self.group_size,
+                max_tokens=self.max_completion,
+                sampling=dataclasses.replace(self.sampling, seed=int(torch.randint(2**63 - 1, ()))),
+                stop_ids=frozenset(self.stop_ids),
+            )
+            for p in prompts
+        ]
+        rows = InferenceEngine(model, self.tokenizer, ROLLOUT).generate(requests)
+        if failed := next((r.error for r in rows if r.error), None):
+            raise NonFinite(failed)
         return rows
 
-    def text(self, row: Row) -> str:
+    def text(self, row: Completion) -> str:
         """What rewards are given to judge: without the token that ended it and other special ones."""
-        return self.tokenizer.decode(row.out[:-1] if row.finish == "stop" else row.out, skip_special=True)
+        return self.tokenizer.decode(row.ids[:-1] if row.finish == "stop" else row.ids, skip_special=True)
 
     def judge(self, texts: list[str], fields: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Each reward of each text (N,), NaN where there is none."""
@@ -235,10 +243,10 @@ class GRPO:
         return loss, metrics | batch["metrics"]
 
 
-def row_metrics(rows: list[Row]) -> Metrics:
+def row_metrics(rows: list[Completion]) -> Metrics:
     count = torch.tensor(len(rows))
     return {
-        "completion/length": (torch.tensor(sum(len(r.out) for r in rows)), count),
+        "completion/length": (torch.tensor(sum(len(r.tokens) for r in rows)), count),
         "completion/truncated": (torch.tensor(sum(r.finish == "length" for r in rows)), count),
     }
 

@@ -13,7 +13,9 @@ from typing import Any
 from etude.errors import Refusal
 from etude.text.tokenizer import IM_END, IM_START, Tokenizer
 
-Message = dict[str, str]  # role: system, user or assistant; content
+# role: system, user or assistant, and content. Of an assistant that called tools also tool_calls, as OpenAI's, but with
+# arguments as objects; their results have role tool.
+Message = dict[str, Any]
 
 # ChatML, for tokenizers that have its tokens and no template of their own: those trained here.
 CHATML = (
@@ -46,19 +48,47 @@ def template(tokenizer: Tokenizer) -> str:
     return CHATML
 
 
-def render(tokenizer: Tokenizer, messages: list[Message], reply: bool = True) -> str:
+def render(
+    tokenizer: Tokenizer, messages: list[Message], reply: bool = True, tools: list[dict[str, Any]] | None = None
+) -> str:
     """The text of a conversation, special tokens written out; with `reply` up to where the assistant's answer begins.
-    Raises Refusal with what the template objects to, or what is wrong with it."""
-    return _render(tokenizer, messages, reply, marked=False)
+    `tools` are what the assistant may call, as OpenAI's. Raises Refusal with what the template objects to, or what is
+    wrong with it, also where it has no place for tools."""
+    if (tools or any("tool_calls" in m or m["role"] == "tool" for m in messages)) and not takes_tools(tokenizer):
+        raise Refusal("this model's chat template has no place for tools: leave out tools, tool_calls and role tool")
+    return _render(tokenizer, messages, reply, marked=False, tools=tools)
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool, marked: bool) -> str:
+def takes_tools(tokenizer: Tokenizer) -> bool:
+    """Whether the template asks for `tools`."""
+    return _takes_tools(template(tokenizer))
+
+
+@functools.lru_cache(maxsize=16)
+def _takes_tools(source: str) -> bool:
+    from jinja2 import TemplateError, meta
+
+    try:
+        return "tools" in meta.find_undeclared_variables(_environment(False).parse(source))
+    except TemplateError:  # which render will tell
+        return False
+
+
+def _render(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    reply: bool,
+    marked: bool,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
     names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
     special = {name: tokenizer.token(i) for name, i in names.items() if i is not None}
     source = template(tokenizer)
     try:
         compiled = _compiled(source, marked)
-        return compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=reply, **special)
+        return compiled.render(
+            messages=messages, tools=tools, documents=None, add_generation_prompt=reply, **special
+        )
     except Exception as error:  # a template is somebody's program: it may fail in any way
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise Refusal(f"the chat template refuses: {why}") from None

@@ -161,25 +161,29 @@ def _template(value: Any) -> str | None:
 
 class Streamer:
     """Text of ids that come one by one: `push` returns what is certain by now, so that a character whose bytes are
-    spread over several tokens is never shown by halves."""
+    spread over several tokens is never shown by halves. Only the last few ids are decoded, however long the text."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.start, self.shown = tokenizer, 0, ""
-        self.ids: list[int] = []
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []  # from the last piece that was shown on: what follows may depend on it
+        self.shown = 0  # ids of it
 
     def push(self, token: int) -> str:
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids[self.start :], skip_special=True)
-        certain = text.rstrip("�")  # it stands for bytes that the next token may complete
-        if len(certain) <= len(self.shown):
+        before, text = self._decode(self.ids[: self.shown]), self._decode(self.ids)
+        # U+FFFD at the end stands for bytes that the next token may complete; for a real one that is a token's delay.
+        if len(text) <= len(before) or text.endswith("�"):
             return ""
-        new, self.shown = certain[len(self.shown) :], certain
-        if text.endswith("\n"):  # what follows a line depends on its last token at most: keep the decoded tail short
-            self.start, self.shown = len(self.ids) - 1, self.tokenizer.decode([token], skip_special=True)
-        return new
+        self.ids, self.shown = self.ids[self.shown :], len(self.ids) - self.shown
+        return text[len(before) :]
 
     def flush(self) -> str:
-        return self.tokenizer.decode(self.ids[self.start :], skip_special=True)[len(self.shown) :]
+        """What is left at the end, without a character that the end has cut."""
+        text = self._decode(self.ids)[len(self._decode(self.ids[: self.shown])) :]
+        return text.rstrip("�")
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special=True)
 
 
 # ---------------------------------------------------------------- makers: each takes (training texts, all texts)

@@ -1,0 +1,731 @@
+// The engine's CPU kernels. kernels.py compiles this file and explains the arguments.
+//
+// One property holds everywhere: an output row's bits follow from its own inputs alone, whatever stands beside it and however
+// work is cut among threads. So a sum over channels or positions has ONE order: the lanes of a fixed number of vectors, then
+// a fixed tree. Blocking is over rows and outputs only. No contraction is left to the compiler (-ffp-contract=off): what is
+// fused says so.
+//
+// `bf` is 1 for bfloat16 and 0 for fp32 tensors; functions that take it as a constant are inlined and exist twice.
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define VL 16
+#elif defined(__AVX2__) && defined(__FMA__)
+#define VL 8
+#else
+#define VL 4
+#endif
+// Rows (or queries) a block: ROWS x 4 accumulators, ROWS inputs and a weight fill the vector registers.
+#if VL == 16 || defined(__ARM_NEON)
+#define ROWS 4
+#else
+#define ROWS 2
+#endif
+typedef float vec __attribute__((vector_size(4 * VL)));
+typedef int32_t vint __attribute__((vector_size(4 * VL)));
+typedef uint32_t vuint __attribute__((vector_size(4 * VL)));
+typedef uint16_t vhalf __attribute__((vector_size(2 * VL)));
+typedef int8_t vbyte __attribute__((vector_size(VL)));
+typedef float vec4 __attribute__((vector_size(16)));
+typedef int64_t i64;
+
+// ---------------------------------------------------------------------------------------------- vectors
+
+INLINE vec splat(float a) { return a - (vec){0}; }
+INLINE vec pick(vint mask, vec a, vec b) { return (vec)((mask & (vint)a) | (~mask & (vint)b)); }
+INLINE vec larger(vec a, vec b) { return pick(b > a, b, a); }
+INLINE vec load(const void *p) { vec v; memcpy(&v, p, sizeof v); return v; }
+
+INLINE vec load_part(const void *p, i64 bytes) {  // zeros behind the first `bytes`
+#if VL == 16
+    return (vec)_mm512_maskz_loadu_epi8(bytes >= 64 ? ~0ull : (1ull << bytes) - 1, p);
+#else
+    vec v = {0};
+    memcpy(&v, p, MIN(bytes, (i64)sizeof v));
+    return v;
+#endif
+}
+
+INLINE vec fma_(vec a, vec b, vec c) {  // a b + c
+#if VL == 16
+    return _mm512_fmadd_ps(a, b, c);
+#elif VL == 8
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_NEON)
+    return vfmaq_f32(c, a, b);
+#else
+    return a * b + c;
+#endif
+}
+
+// acc += a b for fp32; for bf16 two products a lane.
+INLINE vec mac(vec acc, vec a, vec b, const int bf) {
+    if (!bf) return fma_(a, b, acc);
+#if VL == 16 && defined(__AVX512BF16__)
+    return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+#else
+    const vuint high = (vuint){0} + 0xffff0000u;
+    acc = fma_((vec)((vuint)a << 16), (vec)((vuint)b << 16), acc);
+    return fma_((vec)((vuint)a & high), (vec)((vuint)b & high), acc);
+#endif
+}
+
+// Nearest bf16, ties to even, in the upper half of each lane. NaN stays NaN.
+INLINE vuint rounded(vec x) {
+    vuint u = (vuint)x, up = u + 0x7fff + ((u >> 16) & 1);
+    vint nan = (vint)((u & 0x7fffffff) > 0x7f800000);
+    return (vuint)pick(nan, (vec)(u | 0x400000), (vec)up);
+}
+
+// VL channels from channel i on, as fp32, and back; `n` of them where fewer are left.
+INLINE vec get(const void *p, i64 i, i64 n, const int bf) {
+    if (!bf) return n >= VL ? load((const float *)p + i) : load_part((const float *)p + i, 4 * n);
+    vhalf h = {0};
+    if (n >= VL) memcpy(&h, (const uint16_t *)p + i, sizeof h);
+    else memcpy(&h, (const uint16_t *)p + i, 2 * n);
+    return (vec)(__builtin_convertvector(h, vuint) << 16);
+}
+INLINE void put(void *p, i64 i, i64 n, vec x, const int bf) {
+    if (bf) {
+        vhalf h = __builtin_convertvector(rounded(x) >> 16, vhalf);
+        if (n >= VL) memcpy((uint16_t *)p + i, &h, sizeof h);
+        else memcpy((uint16_t *)p + i, &h, 2 * n);
+    } else if (n >= VL) memcpy((float *)p + i, &x, sizeof x);
+    else memcpy((float *)p + i, &x, 4 * n);
+}
+
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vint){__VA_ARGS__})
+#endif
+// The same four out of each 128 bits of a and b (those of b count from 0 as well, in r and s).
+#if VL == 16
+#define IN_FOURS(a, b, p, q, r, s) SHUFFLE(a, b, p, q, r, s, p + 4, q + 4, r + 4, s + 4, p + 8, q + 8, r + 8, s + 8, p + 12, q + 12, r + 12, s + 12)
+#elif VL == 8
+#define IN_FOURS(a, b, p, q, r, s) SHUFFLE(a, b, p, q, r, s, p + 4, q + 4, r + 4, s + 4)
+#else
+#define IN_FOURS(a, b, p, q, r, s) SHUFFLE(a, b, p, q, r, s)
+#endif
+
+// The sums of four vectors' lanes, each by the same tree.
+INLINE vec4 sum4(const vec *a) {
+    vec ab = IN_FOURS(a[0], a[1], 0, VL, 1, VL + 1) + IN_FOURS(a[0], a[1], 2, VL + 2, 3, VL + 3);
+    vec cd = IN_FOURS(a[2], a[3], 0, VL, 1, VL + 1) + IN_FOURS(a[2], a[3], 2, VL + 2, 3, VL + 3);
+    vec all = IN_FOURS(ab, cd, 0, 1, VL, VL + 1) + IN_FOURS(ab, cd, 2, 3, VL + 2, VL + 3);
+    vec4 part[VL / 4];
+    memcpy(part, &all, sizeof all);
+#if VL == 16
+    return (part[0] + part[2]) + (part[1] + part[3]);
+#elif VL == 8
+    return part[0] + part[1];
+#else
+    return part[0];
+#endif
+}
+INLINE float sum(vec a) { vec four[4] = {a}; return sum4(four)[0]; }
+
+// e^x: 2^n e^r with |r| <= ln(2)/2 and Taylor's polynomial; exactly 0 below the normal numbers, NaN stays NaN.
+INLINE vec exp_(vec x) {
+    const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+    vint gone = x < -87.3f;
+    x = pick(gone, splat(-87.3f), pick(x > 88.3f, splat(88.3f), x));
+    vec t = fma_(x, splat(1.44269504f), magic), n = t - magic;
+    vec r = fma_(n, splat(-0.693145752f), x);
+    r = fma_(n, splat(-1.42860677e-6f), r);
+    vec y = splat(1 / 5040.0f);
+    y = fma_(y, r, splat(1 / 720.0f));
+    y = fma_(y, r, splat(1 / 120.0f));
+    y = fma_(y, r, splat(1 / 24.0f));
+    y = fma_(y, r, splat(1 / 6.0f));
+    y = fma_(y, r, splat(0.5f));
+    y = fma_(y, r, splat(1.0f));
+    y = fma_(y, r, splat(1.0f));
+    y *= (vec)(((vuint)t << 23) + 0x3f800000);
+    return pick(gone, splat(0), y);
+}
+
+// This thread's part [from, to) of n things in blocks.
+INLINE void share(i64 n, i64 block, i64 *from, i64 *to) {
+    i64 blocks = (n + block - 1) / block, threads = omp_get_num_threads(), me = omp_get_thread_num();
+    *from = MIN(blocks * me / threads * block, n);
+    *to = MIN(blocks * (me + 1) / threads * block, n);
+}
+
+// ---------------------------------------------------------------------------------------------- linear layers
+
+// acc[m * cols + n] = the lanes of the product of x[m] and w[n], `bytes` long. `ahead`: how many bytes to prefetch weights.
+INLINE void dots(const int rows, const int cols, const int bf, const char *const *x, const char *const *w, i64 bytes,
+                 i64 ahead, vec *acc) {
+    vec sums[16];
+    UNROLL for (int j = 0; j < rows * cols; j++) sums[j] = (vec){0};
+    i64 i = 0;
+    for (; i + (i64)sizeof(vec) <= bytes; i += sizeof(vec)) {
+        vec a[ROWS];
+        UNROLL for (int m = 0; m < rows; m++) a[m] = load(x[m] + i);
+        UNROLL for (int n = 0; n < cols; n++) {
+            if (ahead) __builtin_prefetch(w[n] + i + ahead);
+            vec b = load(w[n] + i);
+            UNROLL for (int m = 0; m < rows; m++) sums[m * cols + n] = mac(sums[m * cols + n], a[m], b, bf);
+        }
+    }
+    if (i < bytes) UNROLL for (int n = 0; n < cols; n++) {
+        vec b = load_part(w[n] + i, bytes - i);
+        UNROLL for (int m = 0; m < rows; m++)
+            sums[m * cols + n] = mac(sums[m * cols + n], load_part(x[m] + i, bytes - i), b, bf);
+    }
+    UNROLL for (int j = 0; j < rows * cols; j++) acc[j] = sums[j];
+}
+
+typedef struct {
+    const char *x, *w, *bias;
+    char *y;
+    i64 bf, bias_bf, M, N, K, threads;
+} Linear;
+
+// y[m][n .. n + 16) for `rows` rows from m on (`have` of them are real, the others repeat the last one).
+INLINE void linear_block(const Linear *a, const int rows, const int bf, i64 m, i64 have, i64 n, i64 ahead) {
+    const i64 row = a->K * (bf ? 2 : 4);
+    const int cols = rows == 1 ? 8 : 4;
+    const char *x[ROWS], *w[8];
+    float y[ROWS][16];
+    vec acc[16];
+    UNROLL for (int i = 0; i < rows; i++) x[i] = a->x + (m + MIN(i, have - 1)) * row;
+    for (int c = 0; c < 16; c += cols) {
+        UNROLL for (int j = 0; j < cols; j++) w[j] = a->w + MIN(n + c + j, a->N - 1) * row;
+        if (ahead) dots(rows, cols, bf, x, w, row, cols * row, acc);
+        else dots(rows, cols, bf, x, w, row, 0, acc);
+        UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < cols; j += 4) {
+            vec4 s = sum4(acc + i * cols + j);
+            memcpy(&y[i][c + j], &s, sizeof s);
+        }
+    }
+    for (int i = 0; i < have; i++) for (i64 j = 0, left = MIN(16, a->N - n); j < left; j += VL) {
+        vec s = load(&y[i][j]);
+        if (a->bias) s += get(a->bias, n + j, left - j, a->bias_bf);
+        put(a->y, (m + i) * a->N + n + j, left - j, s, bf);
+    }
+}
+
+INLINE void linear_part(const Linear *a, const int bf) {
+    i64 from, to, some = MAX(ROWS, (512 << 10) / (a->K * (bf ? 2 : 4) + 1) / ROWS * ROWS);  // rows of x that stay in L2
+    share(a->N, 16, &from, &to);
+    for (i64 m0 = 0; m0 < a->M; m0 += some) for (i64 n = from; n < to; n += 16) {
+        const i64 end = MIN(m0 + some, a->M);
+        for (i64 m = m0; m < end; m += ROWS)
+            if (end - m == 1) linear_block(a, 1, bf, m, 1, n, m == m0);
+            else linear_block(a, ROWS, bf, m, MIN(ROWS, end - m), n, m == m0);
+    }
+}
+
+void linear(const Linear *a) {
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
+    if (a->bf) linear_part(a, 1); else linear_part(a, 0);
+}
+
+// ---------------------------------------------------------------------------------------------- 8-bit linear layers
+
+// Weights lie in panels of 16 outputs, four inputs of each side by side: w[panel][K / 4][16][4], uint8 = value + 128;
+// scale[panel][K / GROUP][16] bf16. A row of x is quantised by the same groups: sum (w + 128) x = sum w x + 128 sum x, so
+// the integer sum starts at -128 sum x. Integer sums are exact; the groups' sums add up in fp32, in order.
+#ifndef GROUP
+#define GROUP 32
+#endif
+#define PARTS (16 / VL)
+
+typedef struct {
+    const char *x;
+    const uint8_t *w;
+    const uint16_t *scale;
+    const char *bias;
+    char *y;
+    i64 bf, bias_bf, M, N, K, threads;
+} LinearInt8;
+
+typedef struct {  // a row of x
+    int8_t *q;
+    float *scale;
+    int32_t *start;
+} Quantised;
+
+INLINE vint dot4(vint acc, vec w, int32_t x) {  // acc[i] += sum of four w (unsigned) times four x (signed)
+#if VL == 16 && defined(__AVX512VNNI__)
+    return (vint)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+#elif VL == 8 && defined(__AVXVNNI__)
+    return (vint)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(x));
+#else
+    vint u = (vint)w;
+    int8_t b[4];
+    memcpy(b, &x, 4);
+#if VL == 8  // pairs (0, 2) and (1, 3) as 16 bits
+    const __m256i low = _mm256_set1_epi32(0x00ff00ff);
+    __m256i even = _mm256_madd_epi16(_mm256_and_si256((__m256i)u, low), _mm256_set1_epi32((b[0] & 0xffff) | ((uint32_t)b[2] << 16)));
+    __m256i odd = _mm256_madd_epi16(_mm256_and_si256(_mm256_srli_epi32((__m256i)u, 8), low), _mm256_set1_epi32((b[1] & 0xffff) | ((uint32_t)b[3] << 16)));
+    return acc + (vint)_mm256_add_epi32(even, odd);
+#else
+    for (int i = 0; i < 4; i++) acc += ((u >> (8 * i)) & 255) * b[i];
+    return acc;
+#endif
+#endif
+}
+
+INLINE void quantise(const char *x, i64 K, Quantised to, const int bf) {
+    for (i64 g = 0; g * GROUP < K; g++) {
+        vec v[GROUP / VL];
+        vuint top = {0};
+        UNROLL for (int i = 0; i < GROUP / VL; i++) {
+            i64 at = g * GROUP + i * VL;
+            v[i] = at < K ? get(x, at, K - at, bf) : splat(0);
+            vuint size = (vuint)v[i] & 0x7fffffff;  // as integers: infinities and NaN are the largest, and stay visible
+            top = (vuint)pick((vint)(size > top), (vec)size, (vec)top);
+        }
+        uint32_t most = 0;
+        for (int i = 0; i < VL; i++) most = MAX(most, top[i]);
+        float amax, magic = 12582912.0f;
+        memcpy(&amax, &most, 4);
+        const float inverse = most ? 127 / amax : 0;
+        vint all = {0};
+        UNROLL for (int i = 0; i < GROUP / VL; i++) {
+            vint q = (vint)(v[i] * inverse + magic) - 0x4b400000;
+            all += q;
+            vbyte bytes = __builtin_convertvector(q, vbyte);
+            memcpy(to.q + g * GROUP + i * VL, &bytes, sizeof bytes);
+        }
+        int32_t total = 0;
+        for (int i = 0; i < VL; i++) total += all[i];
+        to.scale[g] = amax / 127;
+        to.start[g] = -128 * total;
+    }
+}
+
+INLINE void int8_block(const LinearInt8 *a, const int rows, const int panels, const int bf, const Quantised *x, i64 m,
+                       i64 have, i64 panel, i64 groups) {
+    vec acc[4 * 2 * PARTS] = {{0}};
+    const uint8_t *w = a->w + panel * groups * GROUP * 16;
+    const uint16_t *scale = a->scale + panel * groups * 16;
+    for (i64 g = 0; g < groups; g++) {
+        vint part[4 * 2 * PARTS];
+        const int8_t *q[4];
+        UNROLL for (int i = 0; i < rows; i++) {
+            const Quantised *r = x + m + MIN(i, have - 1);
+            q[i] = r->q + g * GROUP;
+            UNROLL for (int p = 0; p < panels * PARTS; p++) part[i * panels * PARTS + p] = (vint){0} + r->start[g];
+        }
+        UNROLL for (int k = 0; k < GROUP; k += 4) {
+            UNROLL for (int p = 0; p < panels * PARTS; p++) {
+                const uint8_t *at = w + (p / PARTS) * groups * GROUP * 16 + (g * GROUP + k) * 16 + (p % PARTS) * VL * 4;
+                if (rows == 1) __builtin_prefetch(at + 4096);
+                vec b = load(at);
+                UNROLL for (int i = 0; i < rows; i++) {
+                    int32_t four;
+                    memcpy(&four, q[i] + k, 4);
+                    part[i * panels * PARTS + p] = dot4(part[i * panels * PARTS + p], b, four);
+                }
+            }
+        }
+        UNROLL for (int p = 0; p < panels * PARTS; p++) {
+            vec s = get(scale, (p / PARTS) * groups * 16 + g * 16 + (p % PARTS) * VL, VL, 1);
+            UNROLL for (int i = 0; i < rows; i++) {
+                int j = i * panels * PARTS + p;
+                acc[j] = fma_(__builtin_convertvector(part[j], vec), s * x[m + MIN(i, have - 1)].scale[g], acc[j]);
+            }
+        }
+    }
+    for (int i = 0; i < have; i++) for (int p = 0; p < panels * PARTS; p++) {
+        i64 n = panel * 16 + p * VL, left = a->N - n;
+        if (left <= 0) break;
+        vec s = acc[i * panels * PARTS + p];
+        if (a->bias) s += get(a->bias, n, left, a->bias_bf);
+        put(a->y, (m + i) * a->N + n, left, s, bf);
+    }
+}
+
+INLINE void int8_part(const LinearInt8 *a, const int bf, Quantised *x) {
+    const i64 groups = (a->K + GROUP - 1) / GROUP, panels = (a->N + 15) / 16;
+    i64 from, to, some = MAX(4, (256 << 10) / (a->K + 1) / 4 * 4);
+    share(a->M, 1, &from, &to);
+    for (i64 m = from; m < to; m++) quantise(a->x + m * a->K * (bf ? 2 : 4), a->K, x[m], bf);
+#pragma omp barrier
+    share(panels, 2, &from, &to);
+    for (i64 m0 = 0; m0 < a->M; m0 += some) for (i64 p = from; p < to;) {
+        const i64 end = MIN(m0 + some, a->M), two = end - m0 > 1 && p + 1 < to;
+        for (i64 m = m0; m < end; m += 4) {
+            if (two) int8_block(a, 4, 2, bf, x, m, MIN(4, end - m), p, groups);
+            else if (end - m > 1) int8_block(a, 4, 1, bf, x, m, MIN(4, end - m), p, groups);
+            else int8_block(a, 1, 1, bf, x, m, 1, p, groups);
+        }
+        p += 1 + two;
+    }
+}
+
+int linear_int8(const LinearInt8 *a) {  // -> 0, or 1 if there is no memory
+    const i64 groups = (a->K + GROUP - 1) / GROUP;
+    char *room = malloc(a->M * (sizeof(Quantised) + groups * (GROUP + 8)) + 64);
+    if (!room) return 1;
+    Quantised *x = (Quantised *)room;
+    int8_t *q = (int8_t *)(x + a->M);
+    float *scale = (float *)(q + a->M * groups * GROUP);
+    for (i64 m = 0; m < a->M; m++)
+        x[m] = (Quantised){q + m * groups * GROUP, scale + 2 * m * groups, (int32_t *)(scale + (2 * m + 1) * groups)};
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
+    if (a->bf) int8_part(a, 1, x); else int8_part(a, 0, x);
+    free(room);
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------- norm, rotation, gate
+
+typedef struct {
+    const char *x, *w;
+    char *y;
+    i64 bf, w_bf, M, D, threads;
+    double eps;
+} Norm;
+
+INLINE void norm_part(const Norm *a, const int bf, const int w_bf) {
+    i64 from, to;
+    share(a->M, 1, &from, &to);
+    for (i64 m = from; m < to; m++) {
+        vec squares = {0};
+        for (i64 i = 0; i < a->D; i += VL) {
+            vec x = get(a->x, m * a->D + i, a->D - i, bf);
+            squares = fma_(x, x, squares);
+        }
+        const float r = 1 / sqrtf(sum(squares) / a->D + (float)a->eps);
+        for (i64 i = 0; i < a->D; i += VL) {
+            i64 n = a->D - i;
+            put(a->y, m * a->D + i, n, get(a->x, m * a->D + i, n, bf) * r * get(a->w, i, n, w_bf), bf);
+        }
+    }
+}
+
+void rms_norm(const Norm *a) {
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
+    if (a->bf && a->w_bf) norm_part(a, 1, 1);
+    else if (a->bf) norm_part(a, 1, 0);
+    else if (a->w_bf) norm_part(a, 0, 1);
+    else norm_part(a, 0, 0);
+}
+
+typedef struct {
+    const char *x;
+    const float *cos, *sin;
+    char *y;
+    i64 bf, M, H, D, turned, half, row, head, threads;
+} Rope;
+
+INLINE void rope_part(const Rope *a, const int bf) {
+    const i64 size = bf ? 2 : 4, T = a->turned, pair = a->half ? T / 2 : T;
+    i64 from, to;
+    share(a->M, 1, &from, &to);
+    for (i64 m = from; m < to; m++) for (i64 h = 0; h < a->H; h++) {
+        const char *x = a->x + (m * a->row + h * a->head) * size;
+        char *y = a->y + (m * a->H + h) * a->D * size;
+        const float *cos = a->cos + m * T, *sin = a->sin + m * T;
+        for (i64 i = 0; i < pair; i += VL) {
+            const i64 n = pair - i;
+            vec left = get(x, i, n, bf), c = get(cos, i, n, 0), s = get(sin, i, n, 0);
+            if (a->half) {
+                vec right = get(x, i + pair, n, bf);
+                put(y, i, n, fma_(right, s, left * c), bf);
+                put(y, i + pair, n, fma_(left, get(sin, i + pair, n, 0), right * get(cos, i + pair, n, 0)), bf);
+            } else put(y, i, n, fma_(IN_FOURS(left, left, 1, 0, 3, 2), s, left * c), bf);
+        }
+        memcpy(y + T * size, x + T * size, (a->D - T) * size);
+    }
+}
+
+void rope(const Rope *a) {
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
+    if (a->bf) rope_part(a, 1); else rope_part(a, 0);
+}
+
+typedef struct {
+    const char *x;
+    char *y;
+    i64 bf, M, H, activation, threads;
+} Gate;
+
+INLINE vec activate(vec x, const int which) {
+    if (which == 0) return x / (1 + exp_(-x));                        // silu
+    if (which == 1) {                                                 // gelu; erfc by Abramowitz & Stegun 7.1.26
+        vec z = (vec)((vuint)x & 0x7fffffff) * 0.70710678f, t = 1 / fma_(z, splat(0.3275911f), splat(1));
+        vec e = fma_(t, splat(1.061405429f), splat(-1.453152027f));
+        e = fma_(e, t, splat(1.421413741f));
+        e = fma_(e, t, splat(-0.284496736f));
+        e = fma_(e, t, splat(0.254829592f)) * t * 0.5f * exp_(-z * z);
+        return x * pick(x < 0, e, 1 - e);
+    }
+    if (which == 2) {                                                 // gelu_tanh: (1 + tanh u) / 2 = 1 / (1 + e^-2u)
+        vec u = x * fma_(x * x, splat(0.044715f), splat(1)) * 0.79788456f;
+        return x / (1 + exp_(-2 * u));
+    }
+    x = pick(x < 0, splat(0), x);
+    return which == 3 ? x : x * x;                                    // relu, relu2
+}
+
+INLINE void gate_part(const Gate *a, const int bf, const int which) {
+    i64 from, to;
+    share(a->M, 1, &from, &to);
+    for (i64 m = from; m < to; m++) for (i64 i = 0; i < a->H; i += VL) {
+        const i64 n = a->H - i;
+        vec g = activate(get(a->x, 2 * m * a->H + i, n, bf), which);
+        put(a->y, m * a->H + i, n, g * get(a->x, (2 * m + 1) * a->H + i, n, bf), bf);
+    }
+}
+
+void glu(const Gate *a) {
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
+    switch (a->activation * 2 + a->bf) {
+#define CASE(which) case 2 * which: gate_part(a, 0, which); break; case 2 * which + 1: gate_part(a, 1, which); break;
+        CASE(0) CASE(1) CASE(2) CASE(3) CASE(4)
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- paged attention
+
+// Positions are attended in chunks that begin at multiples of CHUNK. A chunk's result for one row and head is its largest
+// score, the sum of e^(score - largest) and the values weighted by that; the results of a row's chunks are merged in order.
+// So a chunk may be computed by anyone, for one row or for many at once.
+#define CHUNK 256
+#define STATES 64  // queries of a task whose running results are kept while it goes through the chunks
+
+typedef struct {
+    const char *q, *k, *v;
+    char *k_cache, *v_cache, *out;
+    const i64 *slots;
+    const int32_t *positions, *partials, *rows, *tasks, *tables;
+    float *scratch;
+    i64 bf, N, H, H_kv, Dk, Dv, q_row, q_head, k_row, k_head, v_row, v_head, k_slot, k_cache_head, v_slot, v_cache_head;
+    i64 n_tasks, n_pages, page_size, window, stored_v, threads;
+    double scale;
+} Attend;
+
+typedef struct {  // rows[first .. first + n), which see the same pages, those of `sequence`, in chunks [from, to)
+    int32_t first, n, sequence, from, to;
+} Task;
+
+typedef struct {  // results of one query: Dv channels, in the order of `weigh`, filled up with zeros
+    float top, total, pad[14], values[];
+} Result;
+
+INLINE i64 room(const Attend *a) { return 16 + (a->Dv + 63) / 64 * 64; }  // floats of a Result
+INLINE Result *result(const Attend *a, float *base, i64 i) { return (Result *)(base + i * room(a)); }
+INLINE i64 first_seen(const Attend *a, i64 row) { return MAX(0, a->positions[row] + 1 - a->window); }
+
+// to[query] += sum over positions [from, to) of p[query][j] times the values' channels in `pieces` vectors from byte `at` on.
+// The lanes of a bf16 vector become two vectors: channels 0, 2, 4, .. and 1, 3, 5, ..
+INLINE void weigh(const int queries, const int pieces, const int bf, const float (*p)[CHUNK], const char *const *v, i64 at,
+                  i64 bytes, i64 from, i64 to, float *const *sums) {
+    const int n = bf ? 2 * pieces : pieces;
+    const vuint high = (vuint){0} + 0xffff0000u;
+    vec acc[16], b[4];
+    UNROLL for (int i = 0; i < queries; i++) UNROLL for (int j = 0; j < n; j++) acc[i * n + j] = load(sums[i] + j * VL);
+    for (i64 k = from; k < to; k++) {
+        UNROLL for (int j = 0; j < pieces; j++) {
+            vec raw = bytes >= (i64)sizeof(vec) ? load(v[k] + at + j * sizeof(vec)) : load_part(v[k] + at, bytes);
+            if (bf) {
+                b[2 * j] = (vec)((vuint)raw << 16);
+                b[2 * j + 1] = (vec)((vuint)raw & high);
+            } else b[j] = raw;
+        }
+        UNROLL for (int i = 0; i < queries; i++) {
+            vec weight = splat(p[i][k]);
+            UNROLL for (int j = 0; j < n; j++) acc[i * n + j] = fma_(weight, b[j], acc[i * n + j]);
+        }
+    }
+    UNROLL for (int i = 0; i < queries; i++) UNROLL for (int j = 0; j < n; j++)
+        memcpy(sums[i] + j * VL, &acc[i * n + j], sizeof(vec));
+}
+
+// One chunk for up to ROWS queries of a kv head. k and v point at the chunk's keys and values; query i sees positions
+// [from[i], to[i]) of it, at least one.
+INLINE void chunk(const Attend *a, const int queries, const int bf, const char *const *q, const char *const *k,
+                  const char *const *v, const i64 *from, const i64 *to, Result *const *out) {
+    const int cols = queries == 1 ? 8 : 4;
+    const i64 size = bf ? 2 : 4, bytes = a->Dv * size;
+    float p[ROWS][CHUNK] __attribute__((aligned(64)));
+    i64 first = from[0], last = to[0], common = from[0], end = to[0];
+    for (int i = 1; i < queries; i++) {
+        first = MIN(first, from[i]), last = MAX(last, to[i]);
+        common = MAX(common, from[i]), end = MIN(end, to[i]);
+    }
+    for (i64 j = first / cols * cols; j < last; j += cols) {
+        const char *some[8];
+        vec acc[16];
+        UNROLL for (int i = 0; i < cols; i++) some[i] = k[MIN(MAX(j + i, first), last - 1)];
+        dots(queries, cols, bf, q, some, a->Dk * size, 0, acc);
+        UNROLL for (int i = 0; i < queries; i++) UNROLL for (int n = 0; n < cols; n += 4) {
+            vec4 s = sum4(acc + i * cols + n) * (float)a->scale;
+            memcpy(&p[i][j + n], &s, sizeof s);
+        }
+    }
+    float *sums[ROWS];
+    for (int i = 0; i < queries; i++) {
+        const i64 low = from[i] / VL * VL, high = (to[i] + VL - 1) / VL * VL;
+        for (i64 j = low; j < from[i]; j++) p[i][j] = -INFINITY;
+        for (i64 j = to[i]; j < high; j++) p[i][j] = -INFINITY;
+        vec most = splat(-INFINITY), total = {0};
+        for (i64 j = low; j < high; j += VL) most = larger(most, load(&p[i][j]));
+        float top = most[0];
+        for (int j = 1; j < VL; j++) top = MAX(top, most[j]);
+        for (i64 j = low; j < high; j += VL) {
+            vec e = exp_(load(&p[i][j]) - top);
+            total += e;
+            memcpy(&p[i][j], &e, sizeof e);
+        }
+        out[i]->top = top, out[i]->total = sum(total);
+        memset(out[i]->values, 0, (room(a) - 16) * sizeof(float));
+    }
+    // Positions that only some of the queries see are added for each alone, never as a zero weight: a NaN in a later row's
+    // values is not this row's.
+    if (common >= end) common = end = first;
+    for (i64 at = 0; at < bytes;) {
+        const int whole = bytes - at >= (bf ? 2 : 4) * (i64)sizeof(vec);
+        for (int i = 0; i < queries; i++) sums[i] = out[i]->values + at / size;
+        for (int i = 0; i < queries; i++) {
+            const i64 stop = common < end ? common : to[i];
+            if (from[i] < stop) for (int b = 0; b < (whole ? bf ? 2 : 4 : 1); b++)
+                weigh(1, 1, bf, p + i, v, at + b * sizeof(vec), bytes - at - b * sizeof(vec), from[i], stop, (float *[]){sums[i] + b * sizeof(vec) / size});
+        }
+        if (common < end) {
+            if (whole) weigh(queries, bf ? 2 : 4, bf, p, v, at, sizeof(vec), common, end, sums);
+            else weigh(queries, 1, bf, p, v, at, bytes - at, common, end, sums);
+            for (int i = 0; i < queries; i++) if (end < to[i]) for (int b = 0; b < (whole ? bf ? 2 : 4 : 1); b++)
+                weigh(1, 1, bf, p + i, v, at + b * sizeof(vec), bytes - at - b * sizeof(vec), end, to[i], (float *[]){sums[i] + b * sizeof(vec) / size});
+        }
+        at += (whole ? bf ? 2 : 4 : 1) * sizeof(vec);
+    }
+}
+
+INLINE void merge(const Attend *a, Result *all, const Result *next) {  // `next` follows `all`
+    const float top = MAX(all->top, next->top);
+    const vec old = exp_(splat(all->top - top)), new = exp_(splat(next->top - top));
+    all->top = top;
+    all->total = all->total * old[0] + next->total * new[0];
+    for (i64 i = 0; i < room(a) - 16; i += VL) {
+        vec sum = fma_(load(next->values + i), new, load(all->values + i) * old);
+        memcpy(all->values + i, &sum, sizeof sum);
+    }
+}
+
+INLINE void finish(const Attend *a, const int bf, const Result *r, i64 row, i64 head) {
+    char *out = a->out + (row * a->H + head) * a->Dv * (bf ? 2 : 4);
+    if (!bf) for (i64 i = 0; i < a->Dv; i += VL) put(out, i, a->Dv - i, load(r->values + i) / r->total, 0);
+    else for (i64 i = 0; i < a->Dv; i += 2 * VL) {
+        vuint even = rounded(load(r->values + i) / r->total), odd = rounded(load(r->values + i + VL) / r->total);
+        vuint both = even >> 16 | (odd & 0xffff0000u);
+        memcpy(out + 2 * i, &both, MIN((i64)sizeof both, 2 * (a->Dv - i)));
+    }
+}
+
+// A task's queries for kv head h. Its chunks' results are merged here if it has all chunks of its rows, else left in scratch.
+INLINE void attend_task(const Attend *a, const Task *t, const int bf, i64 h, float *states) {
+    const i64 G = a->H / a->H_kv, size = bf ? 2 : 4;
+    const int32_t *rows = a->rows + t->first, *pages = a->tables + t->sequence * a->n_pages;
+    i64 first = INT64_MAX, last = -1;  // positions that rows of the task see
+    for (i64 i = 0; i < t->n; i++) first = MIN(first, first_seen(a, rows[i])), last = MAX(last, a->positions[rows[i]]);
+    for (i64 q0 = 0; q0 < t->n * G; q0 += STATES) for (i64 c = MAX(t->from, first / CHUNK); c < t->to; c++) {
+        const char *k[CHUNK], *v[CHUNK];
+        for (i64 j = c * CHUNK; j < (c + 1) * CHUNK && j <= last;) {
+            i64 slot = (i64)pages[j / a->page_size] * a->page_size + j % a->page_size;
+            for (i64 end = MIN(MIN((j / a->page_size + 1) * a->page_size, (c + 1) * CHUNK), last + 1); j < end; j++, slot++) {
+                k[j % CHUNK] = a->k_cache + (slot * a->k_slot + h * a->k_cache_head) * size;
+                v[j % CHUNK] = a->v_cache + (slot * a->v_slot + h * a->v_cache_head) * size;
+            }
+        }
+        for (i64 b = q0; b < MIN(q0 + STATES, t->n * G);) {
+            const char *q[ROWS];
+            i64 from[ROWS], to[ROWS], of[ROWS];
+            Result *out[ROWS];
+            int n = 0;
+            for (; n < ROWS && b < MIN(q0 + STATES, t->n * G); b++) {
+                const i64 row = rows[b / G], head = h * G + b % G, p = a->positions[row];
+                from[n] = MAX(first_seen(a, row) - c * CHUNK, 0), to[n] = MIN(p + 1 - c * CHUNK, CHUNK);
+                if (a->slots[row] < 0 || from[n] >= to[n]) continue;
+                q[n] = a->q + (row * a->q_row + head * a->q_head) * size;
+                of[n] = b - q0;
+                i64 where = a->partials[row];
+                if (where >= 0) out[n] = result(a, a->scratch, (where + c) * a->H + head);
+                else out[n] = result(a, states, first_seen(a, row) / CHUNK == c ? of[n] : STATES + n);
+                n++;
+            }
+            switch (n) {
+            case 1: chunk(a, 1, bf, q, k, v, from, to, out); break;
+            case 2: chunk(a, 2, bf, q, k, v, from, to, out); break;
+#if ROWS == 4
+            case 3: chunk(a, 3, bf, q, k, v, from, to, out); break;
+            case 4: chunk(a, 4, bf, q, k, v, from, to, out); break;
+#endif
+            }
+            for (int i = 0; i < n; i++) {
+                const i64 row = rows[(q0 + of[i]) / G], head = h * G + (q0 + of[i]) % G;
+                if (a->partials[row] >= 0) continue;
+                Result *state = result(a, states, of[i]);
+                if (out[i] != state) merge(a, state, out[i]);
+                if (a->positions[row] / CHUNK == c) finish(a, bf, state, row, head);
+            }
+        }
+    }
+}
+
+static void store(const Attend *a, i64 row) {
+    const i64 size = a->bf ? 2 : 4, slot = a->slots[row];
+    for (i64 h = 0; slot >= 0 && h < a->H_kv; h++) {
+        memcpy(a->k_cache + (slot * a->k_slot + h * a->k_cache_head) * size, a->k + (row * a->k_row + h * a->k_head) * size, a->Dk * size);
+        if (a->stored_v) memcpy(a->v_cache + (slot * a->v_slot + h * a->v_cache_head) * size, a->v + (row * a->v_row + h * a->v_head) * size, a->Dv * size);
+    }
+    if (slot < 0 && a->out) memset(a->out + row * a->H * a->Dv * size, 0, a->H * a->Dv * size);
+}
+
+int attend(const Attend *a) {  // -> 0, or 1 if there is no memory
+    i64 next = 0, from, to;
+    float *states = malloc(MAX(a->threads, 1) * (STATES + ROWS) * room(a) * sizeof(float));
+    if (!states) return 1;
+#pragma omp parallel num_threads(a->threads) private(from, to) if (a->threads > 1)
+    {
+        share(a->N, 1, &from, &to);
+        for (i64 i = from; i < to; i++) store(a, i);
+#pragma omp barrier
+        float *mine = states + omp_get_thread_num() * (STATES + ROWS) * room(a);
+        for (i64 i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < a->n_tasks * a->H_kv;) {
+            const Task *t = (const Task *)a->tasks + i / a->H_kv;
+            if (a->bf) attend_task(a, t, 1, i % a->H_kv, mine); else attend_task(a, t, 0, i % a->H_kv, mine);
+        }
+#pragma omp barrier
+        share(a->N * a->H, 1, &from, &to);
+        for (i64 i = from; i < to; i++) {
+            const i64 row = i / a->H, head = i % a->H, where = a->partials[row];
+            if (where < 0 || a->slots[row] < 0) continue;
+            const i64 c = first_seen(a, row) / CHUNK;
+            Result *all = result(a, a->scratch, (where + c) * a->H + head);
+            for (i64 d = c + 1; d <= a->positions[row] / CHUNK; d++) merge(a, all, result(a, a->scratch, (where + d) * a->H + head));
+            if (a->bf) finish(a, 1, all, row, head); else finish(a, 0, all, row, head);
+        }
+    }
+    free(states);
+    return 0;
+}
+
+void store_rows(const Attend *a) {
+    for (i64 i = 0; i < a->N; i++) store(a, i);
+}

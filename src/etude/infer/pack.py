@@ -1,0 +1,154 @@
+"""A model made ready to compute tokens: a second tree of modules over the same parameters, in which layers of one input
+are one product and, on CPU, our own kernels do the work. The model itself is left as it is, to be trained on."""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from etude.infer import kernels
+from etude.model.mla import MLA
+from etude.model.mlp import GatedMLP
+from etude.model.moe import MoE
+from etude.model.parts import RMSNorm
+
+Product = Callable[[Tensor], Tensor]  # (..., K) -> (..., N)
+
+
+def pack(model: nn.Module, dtype: torch.dtype, quant: Literal["int8"] | None, native: bool) -> Any:
+    """The model to compute tokens with in `dtype`, in evaluation mode. `native`: with our kernels; `quant`: linear layers
+    but routers in 8 bits. What is neither cast, joined nor quantised stays the model's own storage: call it again when
+    the model has changed."""
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    _cast(twin, dtype)
+    product = functools.partial(_product, quant=quant, native=native)
+    modules: list[Any] = list(twin.modules())
+    for module in modules:
+        if names := getattr(module, "side_by_side", None):
+            layers = [module.get_submodule(n) for n in names]
+            joined = product(_rows([x.weight for x in layers]), _biases(layers))
+            if native and isinstance(module, GatedMLP):
+                _own(module, activate=_glu(joined, module.activation))
+            else:
+                _own(module, project=functools.partial(_split, joined, [x.out_features for x in layers]))
+            for layer in layers:
+                layer.weight = None  # nobody multiplies by it alone
+        if isinstance(module, MoE):
+            router = module.router.weight.float()
+            _own(module, router_logits=_linear(router, None) if native else functools.partial(_float_linear, router))
+            if native:
+                _own(module, experts=_experts(module, product))
+        if native and isinstance(module, RMSNorm):
+            _own(module, forward=functools.partial(_norm, module.weight, module.eps))
+        if native and isinstance(module, MLA):
+            absorb, expand = _absorbed(module)
+            _own(module, absorb=absorb, expand=expand)
+    routers = {id(m.router) for m in twin.modules() if isinstance(m, MoE)}
+    for module in modules:
+        if isinstance(module, nn.Linear) and module.weight is not None and id(module) not in routers:
+            _own(module, forward=product(module.weight, module.bias))
+    return twin
+
+
+def _own(module: nn.Module, **methods: Callable[..., Any]) -> None:
+    """Methods of this one instance, before those of its class."""
+    vars(module).update(methods)
+
+
+def _cast(twin: nn.Module, dtype: torch.dtype) -> None:
+    """Give the tree parameters of `dtype`, tied ones still one. A router's bias stays as exact as it was balanced."""
+    made: dict[int, nn.Parameter] = {}
+    for module in twin.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.dtype != dtype and not (isinstance(module, MoE) and name == "bias"):
+                if id(p) not in made:
+                    made[id(p)] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
+                setattr(module, name, made[id(p)])
+
+
+def _rows(weights: Sequence[Tensor]) -> Tensor:
+    return torch.cat([w.detach() for w in weights])
+
+
+def _biases(layers: Sequence[Any]) -> Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    nothing = [layer.weight.new_zeros(layer.out_features) for layer in layers]
+    return torch.cat([n if layer.bias is None else layer.bias.detach() for layer, n in zip(layers, nothing)])
+
+
+def _product(weight: Tensor, bias: Tensor | None, *, quant: Literal["int8"] | None, native: bool) -> Product:
+    """x -> x W^T + bias."""
+    weight, bias = weight.detach().contiguous(), None if bias is None else bias.detach()
+    if not native:
+        return lambda x: F.linear(x, weight, bias)
+    if quant is None:
+        return _linear(weight, bias)
+    small = kernels.quantize(weight)
+    return lambda x: _shaped(kernels.linear_int8(x.reshape(-1, x.shape[-1]), small, bias), x)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Product:
+    return lambda x: _shaped(kernels.linear(x.reshape(-1, x.shape[-1]).to(weight.dtype), weight, bias), x)
+
+
+def _float_linear(weight: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x.float(), weight)
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _split(joined: Product, sizes: list[int], x: Tensor) -> tuple[Tensor, ...]:
+    return joined(x).split(sizes, -1)
+
+
+def _glu(joined: Product, activation: str) -> Product:
+    def activate(x: Tensor) -> Tensor:
+        h = joined(x)
+        return _shaped(kernels.glu(h.view(-1, h.shape[-1]), activation), x)
+
+    return activate
+
+
+def _norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
+    if x.shape[-1] != weight.shape[0] or not x.is_contiguous():
+        x = x.contiguous()
+    return kernels.rms_norm(x.view(-1, x.shape[-1]), weight, eps).view(x.shape)
+
+
+def _experts(
+    moe: MoE, product: Callable[[Tensor, Tensor | None], Product]
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Expert after expert, so that a token's sum has one order whoever its neighbours are."""
+    parts = [(_glu(product(g, None), moe.activation), product(o, None)) for g, o in zip(moe.gate_up, moe.out)]
+
+    def compute(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros(x.shape, dtype=torch.float32)
+        for e in chosen.unique().tolist():
+            activate, out = parts[e]
+            token, k = (chosen == e).nonzero(as_tuple=True)
+            y.index_add_(0, token, out(activate(x[token])).float() * weights[token, k, None])
+        return y.to(x.dtype)
+
+    return compute
+
+
+def _absorbed(mla: MLA) -> tuple[Product, Product]:
+    """MLA's two products with the halves of its up-projection: (B, H, T, nope) -> (B, H, T, R) and (B, H, T, R) ->
+    (B, H, T, v), head by head."""
+    up = mla.kv_up.weight.detach().view(mla.n_heads, -1, mla.rank)
+    k_up, v_up = up.split((mla.nope_dim, mla.v_dim), 1)
+    heads = [(k.T.contiguous(), v.contiguous()) for k, v in zip(k_up, v_up)]
+
+    def by_head(x: Tensor, which: int) -> Tensor:
+        x = x.transpose(0, 1)  # (H, B, T, .)
+        each = [kernels.linear(x[h].reshape(-1, x.shape[-1]).contiguous(), w[which]) for h, w in enumerate(heads)]
+        return torch.stack(each).view(*x.shape[:-1], -1).transpose(0, 1)
+
+    return functools.partial(by_head, which=0), functools.partial(by_head, which=1)
