@@ -31,7 +31,9 @@ TOKENIZER = tok.ids([], [], vocab_size=V)
 
 def engine(m: Transformer, pages: int | None = None, context: int | None = None, **settings: Any) -> InferenceEngine:
     """Small pages and steps, so that chunks, runs and evictions abound; `pages` of them in all."""
-    found = InferenceEngine(m, TOKENIZER, Settings(**({"page_size": 4, "step_tokens": 9, "cache_mb": 1} | settings)), context)
+    found = InferenceEngine(
+        m, TOKENIZER, Settings(**({"page_size": 4, "step_tokens": 9, "cache_mb": 1} | settings)), context
+    )
     if pages is not None:
         found.pool.__init__(pages, found.pool.page_size, found.pool.prefix_cache)  # type: ignore[misc]
     return found
@@ -155,7 +157,11 @@ def test_int8_costs_little(choice: str) -> None:
     m = made(choice)
     prompts = ragged(random.Random(3), [30, 25])
     plain, small = (
-        [t.logprob for c in engine(m, quant=q).generate(prompts, max_tokens=1, sampling=TOLD, prompt_logprobs=True) for t in c.prompt_tokens[1:]]
+        [
+            t.logprob
+            for c in engine(m, quant=q).generate(prompts, max_tokens=1, sampling=TOLD, prompt_logprobs=True)
+            for t in c.prompt_tokens[1:]
+        ]
         for q in (None, "int8")
     )
     off = (torch.tensor(plain) - torch.tensor(small)).abs()
@@ -172,7 +178,9 @@ def test_sequences_end_by_themselves() -> None:
     e = engine(m)
     found = e.generate(prompts, sampling=GREEDY, max_tokens=20, stop_ids=frozenset({stop}))
     assert [c.ids for c in found] == expected and len({len(e) for e in expected}) > 1
-    assert [(c.finish, c.stop) for c in found] == [("stop", stop) if x[-1] == stop else ("length", None) for x in expected]
+    assert [(c.finish, c.stop) for c in found] == [
+        ("stop", stop) if x[-1] == stop else ("length", None) for x in expected
+    ]
     assert [c.text for c in found] == [
         TOKENIZER.decode(x[:-1] if x[-1] == stop else x, skip_special=True) for x in expected
     ]
@@ -185,7 +193,9 @@ def test_learned_positions_see_the_last_window(sizes: list[int]) -> None:
     m = made("gpt")
     prompts = ragged(random.Random(4), sizes)
     e = engine(m)
-    assert [c.ids for c in e.generate(prompts, sampling=GREEDY, max_tokens=12)] == [naive(m, p, 12, 32) for p in prompts]
+    assert [c.ids for c in e.generate(prompts, sampling=GREEDY, max_tokens=12)] == [
+        naive(m, p, 12, 32) for p in prompts
+    ]
     at_rest(e)
     strict = engine(m, context=32)
     if sizes == [40, 3]:
@@ -196,7 +206,9 @@ def test_learned_positions_see_the_last_window(sizes: list[int]) -> None:
 def test_rotary_models_go_beyond_their_length() -> None:
     m = made("dense")
     prompts = ragged(random.Random(5), [30, 4])
-    assert [c.ids for c in engine(m).generate(prompts, sampling=GREEDY, max_tokens=20)] == [naive(m, p, 20) for p in prompts]
+    assert [c.ids for c in engine(m).generate(prompts, sampling=GREEDY, max_tokens=20)] == [
+        naive(m, p, 20) for p in prompts
+    ]
 
 
 def test_an_attention_that_cannot_cache() -> None:
@@ -258,7 +270,9 @@ def test_samples_of_one_prompt() -> None:
 
 @NATIVE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("choice", ["dense", "moe", "deepseek_v3", "gpt", "attn=local", "window", "attn=gated"])
+@pytest.mark.parametrize(
+    "choice", ["dense", "moe", "deepseek_v3", "gpt", "attn=local", "window", "attn=gated", "sandwich"]
+)
 def test_bits_depend_on_the_request_alone(choice: str, dtype: torch.dtype) -> None:
     """deterministic=true: tokens and log-probabilities of a request alone, in a batch, in another order, in other chunks,
     preempted, with and without cached beginnings, are equal to the bit."""
@@ -363,7 +377,9 @@ def test_aborts_at_any_moment(seed: int) -> None:
 def test_first_come_first_served_and_priorities() -> None:
     m = made("dense")
     e = engine(m, max_running=1)
-    names = [e.add_request(Request(prompt=[i], max_tokens=2, sampling=GREEDY, priority=p)) for i, p in enumerate([1, 1, 0])]
+    names = [
+        e.add_request(Request(prompt=[i], max_tokens=2, sampling=GREEDY, priority=p)) for i, p in enumerate([1, 1, 0])
+    ]
     ended = []
     while e.has_work():
         ended += [p.request for p in e.step() if p.finish]
@@ -378,7 +394,12 @@ def test_limits() -> None:
         e.add_request(Request(prompt=[1] * 11, max_tokens=10))
     with pytest.raises(Refusal, match="token ids outside of 0..60"):
         e.add_request(Request(prompt=[61]))
-    for wrong in ({"prompt": []}, {"prompt": [1], "n": 0}, {"prompt": [1], "max_tokens": 0}, {"prompt": [1], "timeout": 0.0}):
+    for wrong in (
+        {"prompt": []},
+        {"prompt": [1], "n": 0},
+        {"prompt": [1], "max_tokens": 0},
+        {"prompt": [1], "timeout": 0.0},
+    ):
         with pytest.raises(Refusal):
             Request(**wrong)  # type: ignore[arg-type]
     for _ in range(2):
@@ -587,5 +608,7 @@ def test_stop_texts_in_a_batch() -> None:
     assert (cut[1].finish, cut[1].stop) == ("stop", stop) and len(cut[1].tokens) < 40
     pieces = list(e.stream("cd", sampling=s, max_tokens=40, stop=(stop,)))
     assert "".join(p.text for p in pieces) == cut[1].text and len(pieces) > 3
-    assert all("\ufffd" not in p.text for p in e.stream("日本語", sampling=s, max_tokens=40)) or "\ufffd" in free[2].text
+    assert (
+        all("\ufffd" not in p.text for p in e.stream("日本語", sampling=s, max_tokens=40)) or "\ufffd" in free[2].text
+    )
     at_rest(e)

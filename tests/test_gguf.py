@@ -25,7 +25,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from etude.errors import Refusal
-from etude.infer.generate import Row, decode, encode_prompt
+from etude.infer.engine import InferenceEngine, encode_prompt
 from etude.infer.load import load
 from etude.infer.sampling import Sampling
 from etude.model import weights
@@ -924,7 +924,8 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, tok.Token
     assert SMOL is not None and SMOL.origin is not None
     to = tmp_path_factory.mktemp("smol") / "ours"
     convert_to(Path(SMOL.origin).parent / NAME, to)
-    return to, *load(str(to), "cpu", "fp32", ["etude"])
+    engine = load(str(to), "cpu", "fp32", ["etude"], {"_target_": "etude.infer.engine.Settings"})
+    return to, engine.model, engine.tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -939,10 +940,10 @@ def reference() -> tuple[Any, Any]:
 
 
 def greedy(model: Any, prompt: Tensor, n: int, stop: set[int]) -> list[int]:
-    row = Row(prompt[0].tolist())
-    for _ in decode(model, [row], Sampling(temperature=0), n, stop):
-        pass
-    return row.out
+    ids = prompt[0].tolist()
+    tokenizer = tok.ids([], [], vocab_size=model.vocab_size)
+    options = {"sampling": Sampling(temperature=0), "max_tokens": n, "stop_ids": frozenset(stop)}
+    return InferenceEngine(model, tokenizer).generate([ids], **options)[0].ids
 
 
 @needs_smollm

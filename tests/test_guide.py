@@ -233,6 +233,7 @@ def test_special_tokens_never_stand_for_their_text() -> None:
         t = TOKENIZERS[name]
         out = say(t, compile_guide(t, {"choice": [f"a{tok.IM_END}b"]})(), 0)
         assert not set(out) & set(t.backend.get_added_tokens_decoder()) and t.decode(out) == f"a{tok.IM_END}b"
+        assert out == t.encode_many([f"a{tok.IM_END}b"])[0].tolist()
     char = TOKENIZERS["char"]
     assert not compile_guide(char, {"regex": ".{5}"})().mask()[char.backend.token_to_id(tok.UNK)]
 

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium o
 
 HTML = (Path(__file__).resolve().parents[1] / "src" / "etude" / "serve" / "page.html").read_bytes()
 MODEL = "SmolLM2-135M-Instruct"
-PHONE = {"width": 390, "height": 844}
+LABELS = {"Top_p": "Top-p"}
 
 
 def sha(tag: str) -> str:
@@ -49,9 +50,10 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
+        self.connections: list[socket.socket] = []
         self.models = [MODEL]
         self.key = ""
-        self.loading = False
+        self.state = "ok"  # or loading, dead
         self.answers: deque[Callable[[Handler], None]] = deque()
         self.bodies: list[dict[str, Any]] = []  # of the questions, in order
         self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
@@ -61,9 +63,18 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
     def stop(self) -> None:
         self.shutdown()
         self.server_close()
+        for connection in self.connections:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:  # closed before
+                pass
         self.thread.join(5)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -89,8 +100,8 @@ class Handler(BaseHTTPRequestHandler):
         self.whole(status, {"error": {"message": message, "type": "x", "param": None, "code": None}}, **headers)
 
     def admitted(self) -> bool:
-        if self.server.loading:
-            self.refused(503, "the model is still loading")
+        if self.server.state != "ok":
+            self.refused(503, f"the model is {self.server.state}")
         elif self.server.key and self.headers["authorization"] != f"Bearer {self.server.key}":
             self.refused(401, "this server needs its key")
         else:
@@ -101,7 +112,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/":
             self.whole(200, HTML, "text/html; charset=utf-8", content_security_policy=POLICY)
         elif self.path == "/health":
-            self.refused(503, "the model is still loading") if self.server.loading else self.whole(200, {})
+            state = self.server.state
+            self.whole(200 if state == "ok" else 503, {"status": state, "message": f"the model is {state}"})
         elif self.path == "/v1/models" and self.admitted():
             self.whole(200, {"object": "list", "data": [{"id": m, "object": "model"} for m in self.server.models]})
         elif self.path != "/v1/models":
@@ -160,15 +172,15 @@ def refuses(status: int, message: str, **headers: str) -> Callable[[Handler], No
     return lambda handler: handler.refused(status, message, **headers)
 
 
-def breaks(*pieces: bytes, reset: bool = True) -> Callable[[Handler], None]:
-    """The pieces of a stream, then the connection is cut, or ends as if that had been all."""
+def streams(*pieces: bytes, cut: bool = False) -> Callable[[Handler], None]:
+    """The pieces, then the end, or the connection is lost."""
 
     def answer(handler: Handler) -> None:
-        if pieces:
-            write = handler.stream()
-            write(b"".join(pieces))
-            if not reset:
-                write(b"")
+        write = handler.stream()
+        write(b"".join(pieces))
+        if not cut:
+            return write(b"")
+        time.sleep(0.1)  # or the browser forgets the piece that it has not handed on yet
         handler.close_connection = True
 
     return answer
@@ -259,6 +271,10 @@ class Chat:
         return self.page.locator(".facts")
 
     @property
+    def pace(self) -> Any:
+        return self.page.locator("#pace")
+
+    @property
     def status(self) -> Any:
         return self.page.get_by_role("status")
 
@@ -281,7 +297,7 @@ class Chat:
 
     def put(self, **fields: str) -> None:
         for label, value in fields.items():
-            self.page.get_by_label(label.replace("_", " ")).fill(value)
+            self.page.get_by_label(LABELS.get(label, label.replace("_", " "))).fill(value)
 
 
 def expect(what: Any) -> Any:
@@ -333,15 +349,16 @@ def test_an_answer_grows_while_it_comes(chat: Chat, server: Server) -> None:
     expect(chat.page.locator(".wait")).to_be_visible()
     feed.say("one ")
     expect(chat.answers).to_have_text("one")
-    expect(chat.facts).to_contain_text("≈ 1 token ")
+    expect(chat.pace).to_contain_text("≈ 1 token · first after ")
     expect(chat.page.locator(".wait")).to_have_count(0)
     feed.say("two", " three")
     expect(chat.answers).to_have_text("one two three")
-    expect(chat.facts).to_contain_text("≈ 3 tokens · ≈ ")
+    expect(chat.pace).to_contain_text("≈ 3 tokens · ≈ ")
+    expect(chat.facts).to_have_text("")
     expect(chat.page.locator(".assistant")).to_have_attribute("aria-busy", "true")
     feed.end(prompt=31, completion=7, cached=16)
     expect(chat.facts).to_have_text(
-        re.compile(r"^7 tokens · [\d.]+ tokens/s · first after [\d.]+ s · prompt 31 \(16 cached\)$")
+        re.compile(r"^7\stokens · [\d.]+\stokens/s · first\safter\s[\d.]+\ss · prompt\s31\s\(16\scached\)$")
     )
     expect(chat.page.locator(".assistant")).to_have_attribute("aria-busy", "false")
     expect(chat.page.locator("#live")).to_have_text("one two three")
@@ -369,7 +386,7 @@ def test_speed_and_time_to_the_first_token_are_the_clock_s(chat: Chat, server: S
     chat.ready()
     server.answers.append(paced)
     chat.hear("How fast?")
-    found = re.search(r"^21 tokens · ([\d.]+) tokens/s · first after ([\d.]+) s", chat.facts.inner_text())
+    found = re.search(r"^21\stokens · ([\d.]+)\stokens/s · first\safter\s([\d.]+)\ss", chat.facts.inner_text())
     assert found is not None
     assert 35 < float(found[1]) < 51  # 20 tokens in 0.4 s
     assert 0.3 <= float(found[2]) < 0.6
@@ -383,40 +400,28 @@ window.fetch = async (...asked) => {
   const bytes = new Uint8Array(await response.arrayBuffer());
   let at = 0;
   const body = new ReadableStream({pull(to) {
-    if (at < bytes.length) to.enqueue(bytes.slice(at, at += SIZE)); else to.close();
+    if (at < bytes.length) to.enqueue(bytes.slice(at, at += window.cut)); else to.close();
   }});
   return new Response(body, {headers: response.headers});
 };
 """
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
-def test_events_cut_anywhere(chat: Chat, server: Server, size: int, newline: bytes) -> None:
-    """Every byte offset between and within characters, events and line ends, with comments, a second data line, a
-    mark at the start, and fields that mean nothing here."""
+def test_events_cut_anywhere(chat: Chat, server: Server) -> None:
+    """Every byte offset between and within characters, events and line ends of three kinds, with a mark at the start,
+    comments, a second data line and fields that mean nothing here."""
     words = ["Grüße, ", "日本語 ", "👩‍👩‍👧 ", "\u2028", "end"]
     two_lines = b'data: {"choices":[{"delta":\ndata:{"content":"two "}}]}\n\n'
-    sent = (
-        b": hello\n\n"
-        + begun()
-        + two_lines
-        + b"event: x\nid: 1\nretry: 5\n\n"
-        + b"".join(map(chunk, words))
-        + ending(5, 6)
-    )
-
-    def answer(handler: Handler) -> None:
-        write = handler.stream()
-        write(b"\xef\xbb\xbf" + sent.replace(b"\n", newline))
-        write(b"")
-
-    server.answers.append(answer)
-    chat.page.add_init_script(RECUT.replace("SIZE", str(size)))
+    before = b"\xef\xbb\xbf: hello\n\n" + begun() + two_lines + b"event: x\nid: 1\nretry: 5\n\n"
+    sent = before + b"".join(map(chunk, words)) + ending(5, 6)
+    chat.page.add_init_script(RECUT)
     chat.ready()
-    chat.hear("Hi")
-    assert chat.answers.evaluate("node => node.textContent") == "two " + "".join(words)
-    expect(chat.facts).to_contain_text("6 tokens")
+    for size, newline in itertools.product((1, 2, 3, 7), (b"\n", b"\r\n", b"\r")):
+        chat.page.evaluate("(size) => { window.cut = size; }", size)
+        server.answers.append(streams(sent.replace(b"\n", newline)))
+        chat.hear("Hi")
+        assert chat.answers.last.evaluate("node => node.textContent") == "two " + "".join(words), (size, newline)
+        expect(chat.facts.last).to_contain_text("6 tokens")
 
 
 def test_stop_keeps_what_came_and_closes_the_connection(chat: Chat, server: Server) -> None:
@@ -455,36 +460,40 @@ def test_stop_before_the_first_word(chat: Chat, server: Server) -> None:
 
 # ---------------------------------------------------------------- errors
 
-ERRORS: dict[str, tuple[Callable[[Handler], None], str]] = {
+ERRORS: dict[str, tuple[Callable[[Handler], None] | None, str]] = {
     "400": (refuses(400, "max_tokens=9 should be\n at most 5"), "max_tokens=9 should be at most 5"),
     "429": (refuses(429, "The queue is full.", retry_after="7"), "The queue is full. Try again in 7 s."),
     "500 in HTML": (lambda h: h.whole(500, b"<h1>oops</h1>", "text/html"), "The server answered 500 Internal Server Error."),
     "no stream": (lambda h: h.whole(200, b"<p>hi", "text/html"), "The server answered with text/html instead of a stream"),
-    "refused": (breaks(), "No connection to the server. Is it still running?"),
-    "in mid-stream": (
-        breaks(begun(), chunk("Half"), event({"error": {"message": "the engine has stopped", "code": None}})),
+    "no connection": (None, "No connection to the server. Is it still running?"),
+}  # fmt: skip
+BREAKS: dict[str, tuple[Callable[[Handler], None] | None, str]] = {
+    "error": (
+        streams(begun(), chunk("Half"), event({"error": {"message": "the engine has stopped", "code": None}})),
         "the engine has stopped",
     ),
-    "cut in mid-stream": (breaks(begun(), chunk("Half")), "The connection was lost in the middle of the answer."),
-    "early end": (breaks(begun(), chunk("Half"), reset=False), "The connection ended before the answer did."),
-    "no JSON": (breaks(begun(), chunk("Half"), b"data: {oops\n\n"), "The server sent what is not JSON: {oops"),
-}  # fmt: skip
+    "cut": (streams(begun(), chunk("Half"), cut=True), "The connection was lost in the middle of the answer."),
+    "end": (streams(begun(), chunk("Half")), "The connection ended before the answer did."),
+    "no JSON": (streams(begun(), chunk("Half"), b"data: {oops\n\n"), "The server sent what is not JSON: {oops"),
+}
 
 
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("kind", [*ERRORS, *BREAKS])
 def test_an_error_is_one_line_and_a_second_try_works(chat: Chat, server: Server, kind: str) -> None:
     """What was typed meanwhile is not lost, the part that came stays, and the page goes on."""
-    answer, line = ERRORS[kind]
+    answer, line = {**ERRORS, **BREAKS}[kind]
     chat.ready()
-    server.answers.append(answer)
+    if answer:
+        server.answers.append(answer)
+    else:
+        chat.page.route("**/chat/completions", lambda route: route.abort("connectionrefused"), times=1)
     chat.ask("Question")
     chat.input.fill("typed meanwhile")
     expect(chat.notes).to_contain_text(line)
-    part = "Half" in chat.answers.inner_text()
-    assert part == (kind in ("in mid-stream", "cut in mid-stream", "early end", "no JSON"))
+    expect(chat.answers).to_have_text("Half" if kind in BREAKS else "")
     expect(chat.page.locator("#live")).to_contain_text(line)
     expect(chat.input).to_have_value("typed meanwhile")
-    expect(chat.button("Take back")).to_be_visible(visible=not part)
+    expect(chat.button("Take back")).to_be_visible(visible=kind not in BREAKS)
     server.answers.append(says("Here", " it is"))
     chat.button("Try again").click()
     expect(chat.answers).to_have_text("Here it is")
@@ -554,21 +563,25 @@ def test_a_key_is_asked_for_after_401_only(chat: Chat, server: Server) -> None:
 
 def test_a_loading_server_is_waited_for(chat: Chat, server: Server) -> None:
     """What is sent meanwhile is answered when it is ready; nothing is lost."""
-    server.loading = True
+    server.state = "loading"
     chat.open()
-    expect(chat.status).to_have_text("The server is not ready: the model is still loading")
+    expect(chat.status).to_have_text("The server is not ready: the model is loading")
     chat.ask("Early question")
     expect(chat.page.locator(".wait")).to_be_visible()
-    server.loading = False
+    server.state = "ok"
     expect(chat.answers).to_have_text("Fine.")
     expect(chat.status).to_contain_text("Enter sends")
-    server.loading = True  # and once more, with the models known
+    server.state = "loading"  # and once more, with the models known
     chat.ask("Later question")
-    expect(chat.status).to_have_text("The server is not ready: the model is still loading")
+    expect(chat.status).to_have_text("The server is not ready: the model is loading")
     expect(chat.notes).to_have_count(0)
-    server.loading = False
+    server.state = "ok"
     expect(chat.answers.last).to_have_text("Fine.")
     assert len(server.bodies) == 2
+    server.state = "dead"  # nothing to wait for
+    chat.ask("Last question")
+    expect(chat.notes).to_have_text("the model is dead")
+    expect(chat.status).to_have_text("the model is dead Trying again …")
 
 
 def test_503_of_a_healthy_server_is_an_error_after_a_few_tries(chat: Chat, server: Server) -> None:
@@ -681,7 +694,7 @@ def test_copying(tabs: Callable[..., Chat]) -> None:
     chat.button("Copy").click()
     expect(chat.button("Copied")).to_be_visible()
     assert chat.page.evaluate(read) == "Run `this`:\n\n```sh\nls -l\n```"
-    chat.page.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error('no'))")
+    chat.page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('no')); }")
     chat.page.get_by_label("Copy this code").click()
     expect(chat.page.locator(".bar button")).to_have_text("Copied")
     assert chat.page.evaluate(read) == "ls -l"
@@ -693,7 +706,7 @@ def test_copying(tabs: Callable[..., Chat]) -> None:
 def test_settings_are_in_the_request(chat: Chat, server: Server) -> None:
     """Each as its own type; an empty one is not sent; all of them survive a reload."""
     chat.ready()
-    chat.put(System_prompt="You are brief.\nVery.", Temperature="0.7", Top="0.9", Max_tokens="64", Seed="-5")
+    chat.put(System_prompt="You are brief.\nVery.", Temperature="0.7", Top_p="0.9", Max_tokens="64", Seed="-5")
     chat.put(Stop_texts="###\n\\n\\nQ:\nback\\\\n\n  two spaces")
     for _ in range(2):
         chat.hear("Hi", "Yes")
@@ -718,31 +731,33 @@ def test_settings_are_in_the_request(chat: Chat, server: Server) -> None:
     assert server.bodies[-1]["messages"][0]["role"] == "user"
 
 
-@pytest.mark.parametrize(
-    ("label", "value", "line"),
-    [
-        ("Temperature", "2.5", "From 0 to 2."),
-        ("Temperature", "1e", "Not a number."),
-        ("Top-p", "-0.1", "From 0 to 1."),
-        ("Max tokens", "0", "At least 1."),
-        ("Max tokens", "1.5", "A whole number."),
-        ("Seed", "12345678901234567890", "A whole number."),
-        ("Stop texts", "a\nb\nc\nd\ne", "Four stop texts at most."),
-    ],
-)
-def test_a_setting_out_of_range_is_not_sent(chat: Chat, server: Server, label: str, value: str, line: str) -> None:
+WRONG = [
+    ("Temperature", "2.5", "From 0 to 2."),
+    ("Temperature", "1e", "Not a number."),
+    ("Top-p", "-0.1", "From 0 to 1."),
+    ("Max tokens", "0", "At least 1."),
+    ("Max tokens", "1.5", "A whole number."),
+    ("Seed", "12345678901234567890", "A whole number."),
+    ("Stop texts", "a\nb\nc\nd\ne", "Four stop texts at most."),
+]
+
+
+def test_a_setting_out_of_range_is_not_sent(chat: Chat, server: Server) -> None:
     """Nor dropped in silence: the field says why, also where its panel was closed, and the message stays."""
-    field = chat.ready().page.get_by_label(label)
-    field.click()
-    chat.page.keyboard.insert_text(value)
-    chat.button("Close settings").click()
-    chat.ask("Hi")
-    expect(chat.page.locator(".wrong:visible")).to_have_text(line)
-    expect(field).to_be_focused()
-    expect(field).to_have_attribute("aria-invalid", "true")
-    expect(chat.input).to_have_value("Hi")
+    chat.ready()
+    for label, value, line in WRONG:
+        field = chat.page.get_by_label(label)
+        field.click()
+        chat.page.keyboard.insert_text(value)
+        chat.button("Close settings").click()
+        chat.ask("Hi")
+        expect(chat.page.locator(".wrong:visible")).to_have_text(line)
+        expect(field).to_be_focused()
+        expect(field).to_have_attribute("aria-invalid", "true")
+        expect(chat.input).to_have_value("Hi")
+        field.fill("")
+        expect(chat.page.locator(".wrong:visible")).to_have_count(0)
     assert server.bodies == []
-    field.fill("")
     chat.hear("Hi")
     assert len(server.bodies) == 1
 
@@ -844,19 +859,32 @@ def test_new_chat_and_back(chat: Chat, server: Server) -> None:
     assert server.bodies[-1]["messages"] == [{"role": "user", "content": "Two"}]
 
 
-KEPT = [None, "null", "[1]", '{"turns":[{"role":"assistant","text":"x"}]}', '{"turns":[{"role":"user","text":"q"},{"role":"assistant","text":"a","first":"x","usage":7,"error":[1]}]}', "{"]  # fmt: skip
+KEPT = ["null", "[1]", '"text"', '{"turns":[{"role":"assistant","text":"x"}]}', "{", '{"turns":[{"role":"user","text":"q"},{"role":"assistant","text":"a","first":"x","usage":7,"error":[1]}],"previous":3,"seed":{}}']  # fmt: skip
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=range(len(KEPT)))
-def test_a_store_that_is_closed_or_holds_nonsense(chat: Chat, kept: str | None) -> None:
-    """Neither keeps the page from working. None: reading it raises, as where a browser blocks all site data."""
-    blocked = "for (const s of ['localStorage', 'sessionStorage']) Object.defineProperty(window, s, {get() { throw new DOMException('no'); }})"
-    filled = f"for (const k of ['chat', 'settings', 'key']) localStorage.setItem('etude.' + k, {json.dumps(kept)})"
-    chat.page.add_init_script(blocked if kept is None else filled)
+def test_nonsense_in_the_store(chat: Chat) -> None:
+    """What another page of the same host and port, or another version, has left there does not break this one."""
+    chat.ready()
+    for kept in KEPT:
+        chat.page.evaluate("(kept) => { window.kept = kept; }", kept)
+        chat.page.evaluate(
+            "addEventListener('pagehide', () => { sessionStorage.clear();"
+            "for (const k of ['chat', 'settings', 'key']) localStorage.setItem('etude.' + k, window.kept); })"
+        )
+        chat.page.reload()
+        chat.hear("Hello", "Hi")
+        expect(chat.answers.last).to_have_text("Hi")
+
+
+def test_a_closed_store(chat: Chat) -> None:
+    """Where a browser blocks all site data the chat works, and says what a reload would do."""
+    chat.page.add_init_script(
+        "for (const s of ['localStorage', 'sessionStorage'])"
+        "Object.defineProperty(window, s, {get() { throw new DOMException('no'); }})"
+    )
     chat.ready().hear("Hello", "Hi")
-    expect(chat.answers.last).to_have_text("Hi")
-    if kept is None:
-        expect(chat.status).to_contain_text("a reload would lose it")
+    expect(chat.answers).to_have_text("Hi")
+    expect(chat.status).to_contain_text("a reload would lose it")
 
 
 def long_chat(n: int) -> str:
@@ -879,7 +907,7 @@ def test_two_hundred_messages(chat: Chat, server: Server) -> None:
     server.answers.append(feed := Feed())
     chat.ask("Go on")
     feed.say(*["word "] * 2000)
-    expect(chat.facts.last).to_contain_text("≈ 2000 tokens")
+    expect(chat.pace).to_contain_text("≈ 2000 tokens")
     assert len(server.bodies[-1]["messages"]) == 201
     assert log.evaluate(room) < 2
     down = chat.button("To the end of the conversation")
@@ -889,12 +917,12 @@ def test_two_hundred_messages(chat: Chat, server: Server) -> None:
     expect(down).to_be_visible()
     top = log.evaluate("n => n.scrollTop")
     feed.say(*["more "] * 500)
-    expect(chat.facts.last).to_contain_text("≈ 2500 tokens")
+    expect(chat.pace).to_contain_text("≈ 2500 tokens")
     assert log.evaluate("n => n.scrollTop") == top and log.evaluate(room) > 500
     down.click()
     expect(down).to_be_hidden()
     feed.say(*["end "] * 500)
-    expect(chat.facts.last).to_contain_text("≈ 3000 tokens")
+    expect(chat.pace).to_contain_text("≈ 3000 tokens")
     assert log.evaluate(room) < 2
     feed.end()
     expect(chat.button("Send")).to_be_visible()

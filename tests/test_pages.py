@@ -403,6 +403,38 @@ def test_release_with_less_than_was_committed() -> None:
     assert hits(pool, ids) == 2 and pool.stats()["cached"] == 1
 
 
+def test_release_within_a_page_that_others_share() -> None:
+    """Its beginning may be right, but the page is not this table's alone."""
+    pool = PagePool(10, 4)
+    ids = list(range(9))
+    table = opened(pool, ids)
+    assert pool.grow(table, 9)
+    pool.commit(table, ids, 9)
+    other = opened(pool, ids)
+    assert other.pages == table.pages[:2]
+    pool.release(table, ids, 5)
+    pool.check()
+    assert hits(pool, ids) == 4
+    pool.release(other, ids, 8)
+    pool.check()
+    assert hits(pool, ids) == 8
+
+
+def test_copy_from_contents_that_turned_out_bad() -> None:
+    """Its source left the cache meanwhile, and it was never made: its target does not take that place."""
+    pool = PagePool(10, 4)
+    table = opened(pool, [1, 2, 3, 4])
+    assert pool.grow(table, 4)
+    pool.commit(table, [1, 2, 3, 4], 4)
+    late, copy = pool.open([1, 2, 9])
+    assert copy is not None and late.tokens == 2
+    pool.release(table, [1, 2, 3, 4], 0)
+    pool.release(late, [1, 2, 9], 2)
+    pool.copied(copy)
+    pool.check()
+    assert hits(pool, [1, 2, 9]) == 0 and pool.stats()["free"] == 10
+
+
 def test_copy_that_was_never_made() -> None:
     """A request that ends in the step of its admission: its page is held until the copy is dropped, and never cached."""
     pool = PagePool(10, 4)
@@ -515,6 +547,19 @@ def test_use_makes_young() -> None:
     assert hits(pool, [1, 1, 2, 2, 0]) == 4
     done(pool, [5, 5])
     assert hits(pool, [1, 1, 2, 2, 0]) == 4 and hits(pool, [3, 3, 4, 4, 0]) == 2
+
+
+def test_use_of_an_equal_page_makes_young() -> None:
+    """What a table computed for itself counts as a use of the cached page with the same contents."""
+    pool = PagePool(6, 2)
+    first, second = opened(pool, [1, 1]), opened(pool, [1, 1])
+    assert pool.grow(first, 2) and pool.grow(second, 2)
+    pool.release(first, [1, 1], 2)
+    done(pool, [3, 3])
+    pool.release(second, [1, 1], 2)
+    taking = opened(pool, [])
+    assert pool.grow(taking, 10) and pool.stats()["evictions"] == 1
+    assert hits(pool, [1, 1, 0]) == 2 and hits(pool, [3, 3, 0]) == 0
 
 
 def test_private_pages_stand_in_for_evicted_ones() -> None:
@@ -663,20 +708,39 @@ def test_check_sees_what_is_wrong() -> None:
 
 
 def test_one_run_each_in_a_fresh_pool() -> None:
-    """Sequences that grow in turn, a token at a time, with hints of what they need."""
+    """Sequences that come and grow in turn, a token at a time, with hints of what they need when they come."""
     pool = PagePool(64, 4)
     lengths = [40, 17, 64, 33, 90]
     tables = [opened(pool, [i] * 3) for i in range(5)]
-    for table, length in zip(tables, lengths):
-        assert pool.grow(table, 3, hint=length)
-    for n in range(4, 91):
-        for table, length in zip(tables, lengths):
-            assert n > length or pool.grow(table, n)
+    for step in range(120):
+        for i, (table, length) in enumerate(zip(tables, lengths)):
+            n = step - 5 * i
+            assert not 3 <= n <= length or pool.grow(table, n, hint=length if n == 3 else 0)
         pool.check()
     for i, (table, length) in enumerate(zip(tables, lengths)):
         assert pool.runs(table, 0, length) == [(table.pages[0] * 4, length)]
         pool.release(table, [i] * length, 0)
     assert not pool._space[:-1].any()  # no promise outlives its table
+
+
+def test_who_outgrows_a_hint_leaves_the_others_theirs() -> None:
+    pool = PagePool(32, 2)
+    short, long = opened(pool, [1]), opened(pool, [2])
+    assert pool.grow(short, 1, hint=8) and pool.grow(long, 1, hint=16)
+    assert pool.grow(short, 12) and pool.grow(long, 16)
+    assert [len(pool.runs(short, 0, 12)), len(pool.runs(long, 0, 16))] == [2, 1]
+
+
+def test_second_half_of_a_promise() -> None:
+    """Rather than a gap that is shorter; and of as many pages as are needed now."""
+    pool = PagePool(16, 1)
+    first, second = opened(pool, [1]), opened(pool, [2])
+    assert pool.grow(first, 1, hint=14) and pool.grow(second, 1, hint=8) and pool.grow(second, 6)
+    assert second.pages == list(range(8, 14))
+    pool = PagePool(16, 1)
+    first, second = opened(pool, [1]), opened(pool, [2])
+    assert pool.grow(first, 1, hint=16) and pool.grow(second, 12)
+    assert len(pool.runs(second, 0, 12)) == 1
 
 
 def test_few_runs_where_hints_are_too_large() -> None:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import torch
 from etude.data.order import mix
 from etude.errors import Refusal
 from etude.infer import sampling
-from etude.infer.sampling import Chooser, Sampling, Token, choose, raw_logprobs, uniform
+from etude.infer.sampling import Chooser, Sampling, Token, choose, score, uniform
 
 GREEDY = Sampling(temperature=0)
 INF, NAN = math.inf, math.nan
@@ -303,16 +303,8 @@ def mixed(V: int) -> tuple[torch.Tensor, list[Callable[[], Chooser]]]:
     return torch.stack(rows), makers
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("V", [1, 7, 1000, 5003, 49_152])
-def test_a_row_does_not_depend_on_its_neighbours(V: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens and log-probabilities are the same to the bit alone, among any others, in any order, however the work is cut,
     and in logits that lie elsewhere in memory."""
     logits, makers = mixed(V)
@@ -326,6 +318,18 @@ def test_a_row_does_not_depend_on_its_neighbours(V: int, threads: int, monkeypat
     shifted.copy_(logits)
     monkeypatch.setattr(sampling, "CHUNK", 5 * V)
     assert choose(shifted, [m() for m in makers]) == whole
+
+
+def test_a_row_does_not_depend_on_threads() -> None:
+    """With two, torch cuts the work elsewhere, and a single row otherwise than several."""
+    logits, makers = mixed(49_152)
+    whole, before = choose(logits, [m() for m in makers]), torch.get_num_threads()
+    torch.set_num_threads(3 - min(before, 2))
+    try:
+        for rows in ([0], [3], [8], [30], list(range(0, 36, 3))):
+            assert choose(logits[rows], [makers[i]() for i in rows]) == [whole[i] for i in rows], rows
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0, 6.0])
@@ -359,6 +363,8 @@ def test_numbers_are_keyed_by_seed_choice_and_position() -> None:
 
 def test_the_ends_of_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least and the largest number never give a token of probability 0; minus infinity is never drawn."""
+    for total in (1.0, 1 + 2**-52, 1.5, 2.0, 2 - 2**-52, 3.0, 49_151.7):
+        assert (1 - 2**-53) * total < total
     row = [-INF, 1.0, -INF, 2.0, -INF]
     for key, first, ranked in ((0, 1, 3), (2**64 - 1, 3, 1)):
         monkeypatch.setattr(sampling, "mix", lambda *k, key=key: np.array([key], dtype=np.uint64))
@@ -441,6 +447,12 @@ def test_huge_penalties() -> None:
             s = Sampling(temperature=t, repetition_penalty=penalty, frequency_penalty=100, top_p=0.9)
             found = choose(torch.tensor([row]), [Chooser(s, 0, [], V, out=[0, 1, 2, 3, 1])])[0]
             assert found is not None and found.id != 1
+    for t, expected in ((0.0, {0}), (1.0, {0, 2})):  # all as low as can be, but what is impossible stays so
+        s = Sampling(temperature=t, repetition_penalty=1e300)
+        rows = torch.tensor([-1.0, -INF, -2.0]).expand(50, -1)
+        found = choose(rows, [chooser(s, 3, position=i, prompt=[0, 1, 2]) for i in range(50)])
+        assert {x and x.id for x in found} == expected
+        assert choose(torch.tensor([[INF, 5.0, -1.0]]), [Chooser(s, 0, [0, 1, 2], 3)])[0] == Token(0)
     s = Sampling(temperature=0, repetition_penalty=1e-300)
     assert choose(torch.tensor([row]), [Chooser(s, 0, [0], V)])[0] == Token(0)
 
@@ -472,18 +484,18 @@ def test_logprobs() -> None:
 def test_scores_of_a_prompt() -> None:
     """The same numbers as for tokens that were drawn, and no number where there is none."""
     rows, tokens = logits_of(40, 50), [i % 50 for i in range(40)]
-    found = raw_logprobs(rows, tokens, 3)
+    found = score(rows, tokens, 3)
     expected = rows.log_softmax(-1)
     assert [t.id for t in found] == tokens
     assert [t.logprob for t in found] == pytest.approx([expected[i, t].item() for i, t in enumerate(tokens)], abs=1e-5)
     assert all(len(t.top) == 3 and t.top[0][1] == pytest.approx(expected[i].max().item()) for i, t in enumerate(found))
     drawn = choose(rows, [chooser(Sampling(temperature=0, logprobs=3), 50)] * 40)
-    assert [(t.logprob, t.top) for t in raw_logprobs(rows, [t.id for t in drawn if t], 3)] == [
+    assert [(t.logprob, t.top) for t in score(rows, [t.id for t in drawn if t], 3)] == [
         (t.logprob, t.top) for t in drawn if t
     ]
     rows[3, 4] = NAN
-    assert raw_logprobs(rows, tokens, 0)[3] == Token(3) and raw_logprobs(rows, tokens, 0)[4].logprob == found[4].logprob
-    assert raw_logprobs(rows[:0], [], 2) == []
+    assert score(rows, tokens, 0)[3] == Token(3) and score(rows, tokens, 0)[4].logprob == found[4].logprob
+    assert score(rows[:0], [], 2) == []
 
 
 # ---------------------------------------------------------------- settings

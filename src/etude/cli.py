@@ -35,6 +35,10 @@ TEXT_KEYS = (
     "data.separator",
     "runs_dir",
     "cache_dir",
+    "host",
+    "key_file",
+    "served_name",
+    "chat_template",
 )
 
 

@@ -102,6 +102,29 @@ class Generate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve:
+    """The root keys of serve.py beside the engine; conf/serve.yaml says what each does."""
+
+    ckpt: str
+    host: str
+    port: int
+    keys: list[str]
+    key_file: str | None
+    served_name: str | None
+    chat_template: str | None
+    max_body_mb: float
+    max_n: int
+    body_timeout: float
+    request_timeout: float | None
+    drain_seconds: float
+    access_log: bool
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    dtype: Literal["fp32", "bf16"]
+    threads: int | None
+    trusted: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench(Train):
     """bench.py takes all of train.py's keys and these; conf/bench.yaml says what each does."""
 
@@ -151,6 +174,7 @@ class Prepare:
 SCRIPTS: dict[str, type] = {
     "train": Train,
     "generate": Generate,
+    "serve": Serve,
     "bench": Bench,
     "convert": Convert,
     "prepare": Prepare,
@@ -248,7 +272,8 @@ def check(cfg: Any, script: str) -> dict:
         raise Refusal("; ".join(f"{key} is missing: type {key}=<{hint.get(key, 'value')}>" for key in missing))
     assert isinstance(plain, dict)
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(SCRIPTS[script])}
-    names = groups() if issubclass(SCRIPTS[script], Train) else ["tokenizer"] if script == "prepare" else []
+    parts = {"prepare": ["tokenizer"], "generate": ["engine"], "serve": ["engine"]}
+    names = groups() if issubclass(SCRIPTS[script], Train) else parts.get(script, [])
     for key, value in ((str(k), v) for k, v in plain.items()):
         if key in fields:
             annotation = _annotation(fields[key].type)
@@ -378,6 +403,7 @@ def check_all() -> list[str]:
     # What a choice or a script cannot have a default for.
     needs = {
         "generate": ["ckpt=x"],
+        "serve": ["ckpt=x"],
         "convert": ["from=x", "to=y"],
         "prepare": ["from=x", "to=y"],
         "data=text": ["data.path=x"],

@@ -23,8 +23,7 @@ from etude.infer.guide import compile_guide
 from etude.infer.pack import pack
 from etude.infer.pages import PagePool
 from etude.infer.request import Completion, EngineDead, Piece, QueueFull, Request
-from etude.infer import sampling as sampled
-from etude.infer.sampling import Chooser, Token, choose
+from etude.infer.sampling import Chooser, Token, choose, score
 from etude.infer.scheduler import Sample, Scheduler
 from etude.infer.text import Said
 from etude.text.tokenizer import Tokenizer
@@ -269,7 +268,7 @@ class InferenceEngine:
         for at in range(first, min(start + len(x), len(prompt) - 1), 64):
             rows = x[at - start : min(at - start + 64, len(prompt) - 1 - start)]
             wanted = prompt[at + 1 : at + 1 + len(rows)]
-            s.prompt_tokens += getattr(sampled, 'score', None)(self.twin.logits(rows), wanted, s.request.sampling.logprobs or 0)
+            s.prompt_tokens += score(self.twin.logits(rows), wanted, s.request.sampling.logprobs or 0)
 
     def _grow(self, s: Sample, token: Token | None) -> Piece:
         """Give a sample its next token and see whether it ends."""
@@ -290,6 +289,8 @@ class InferenceEngine:
             text = s.said.push(token.id)
             if s.said.stopped is not None:
                 finish, stop = "stop", s.said.stopped
+        if finish is None and getattr(s.chooser.allowed, "finished", False):
+            finish = "stop"  # the text is whole; there may be no token that could say so
         if finish is None and (s.n_out >= s.request.max_tokens or (len(s.ids) == self.context and not self.crops)):
             finish = "length"
         told = tuple(s.prompt_tokens) if first and s.request.prompt_logprobs else ()

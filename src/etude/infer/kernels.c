@@ -144,11 +144,12 @@ INLINE vec4 sum4(const vec *a) {
 }
 INLINE float sum(vec a) { vec four[4] = {a}; return sum4(four)[0]; }
 
-// e^x: 2^n e^r with |r| <= ln(2)/2 and Taylor's polynomial; exactly 0 below the normal numbers, NaN stays NaN.
+// e^x: 2^n e^r with |r| <= ln(2)/2 and Taylor's polynomial; 0 or infinity a little before the normal numbers end, NaN stays
+// NaN.
 INLINE vec exp_(vec x) {
     const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
-    vint gone = x < -87.3f;
-    x = pick(gone, splat(-87.3f), pick(x > 88.3f, splat(88.3f), x));
+    vint gone = x < -87.3f, beyond = x > 88.3f;
+    x = pick(gone | beyond, splat(0), x);
     vec t = fma_(x, splat(1.44269504f), magic), n = t - magic;
     vec r = fma_(n, splat(-0.693145752f), x);
     r = fma_(n, splat(-1.42860677e-6f), r);
@@ -161,7 +162,7 @@ INLINE vec exp_(vec x) {
     y = fma_(y, r, splat(1.0f));
     y = fma_(y, r, splat(1.0f));
     y *= (vec)(((vuint)t << 23) + 0x3f800000);
-    return pick(gone, splat(0), y);
+    return pick(gone, splat(0), pick(beyond, splat(INFINITY), y));
 }
 
 // This thread's part [from, to) of n things in blocks.
@@ -212,7 +213,8 @@ INLINE void linear_block(const Linear *a, const int rows, const int bf, i64 m, i
     UNROLL for (int i = 0; i < rows; i++) x[i] = a->x + (m + MIN(i, have - 1)) * row;
     for (int c = 0; c < 16; c += cols) {
         UNROLL for (int j = 0; j < cols; j++) w[j] = a->w + MIN(n + c + j, a->N - 1) * row;
-        if (ahead) dots(rows, cols, bf, x, w, row, cols * row, acc);
+        // One row alone is as fast as memory without: the machine's own prefetching sees nothing but streams.
+        if (ahead && rows > 1) dots(rows, cols, bf, x, w, row, cols * row, acc);
         else dots(rows, cols, bf, x, w, row, 0, acc);
         UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < cols; j += 4) {
             vec4 s = sum4(acc + i * cols + j);
@@ -318,7 +320,7 @@ INLINE void quantise(const char *x, i64 K, Quantised to, const int bf) {
 }
 
 INLINE void int8_block(const LinearInt8 *a, const int rows, const int panels, const int bf, const Quantised *x, i64 m,
-                       i64 have, i64 panel, i64 groups) {
+                       i64 have, i64 panel, i64 groups, const int ahead) {
     vec acc[4 * 2 * PARTS] = {{0}};
     const uint8_t *w = a->w + panel * groups * GROUP * 16;
     const uint16_t *scale = a->scale + panel * groups * 16;
@@ -333,7 +335,7 @@ INLINE void int8_block(const LinearInt8 *a, const int rows, const int panels, co
         UNROLL for (int k = 0; k < GROUP; k += 4) {
             UNROLL for (int p = 0; p < panels * PARTS; p++) {
                 const uint8_t *at = w + (p / PARTS) * groups * GROUP * 16 + (g * GROUP + k) * 16 + (p % PARTS) * VL * 4;
-                if (rows == 1) __builtin_prefetch(at + 4096);
+                if (ahead) __builtin_prefetch(at + 4096);
                 vec b = load(at);
                 UNROLL for (int i = 0; i < rows; i++) {
                     int32_t four;
@@ -369,9 +371,10 @@ INLINE void int8_part(const LinearInt8 *a, const int bf, Quantised *x) {
     for (i64 m0 = 0; m0 < a->M; m0 += some) for (i64 p = from; p < to;) {
         const i64 end = MIN(m0 + some, a->M), two = end - m0 > 1 && p + 1 < to;
         for (i64 m = m0; m < end; m += 4) {
-            if (two) int8_block(a, 4, 2, bf, x, m, MIN(4, end - m), p, groups);
-            else if (end - m > 1) int8_block(a, 4, 1, bf, x, m, MIN(4, end - m), p, groups);
-            else int8_block(a, 1, 1, bf, x, m, 1, p, groups);
+            if (two && m == m0) int8_block(a, 4, 2, bf, x, m, MIN(4, end - m), p, groups, 1);
+            else if (two) int8_block(a, 4, 2, bf, x, m, MIN(4, end - m), p, groups, 0);
+            else if (end - m > 1) int8_block(a, 4, 1, bf, x, m, MIN(4, end - m), p, groups, 0);
+            else int8_block(a, 1, 1, bf, x, m, 1, p, groups, 1);
         }
         p += 1 + two;
     }

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etude.infer import kernels
+from etude.model.gqa import GQA
 from etude.model.mla import MLA
-from etude.model.mlp import GatedMLP
+from etude.model.mlp import MLP, GatedMLP
 from etude.model.moe import MoE
 from etude.model.parts import RMSNorm
+from etude.model.rope import Rope, angles, rope
 
+WHOLE = 4096  # numbers; a share of it, for any usual number of threads, is whole vectors
 Product = Callable[[Tensor], Tensor]  # (..., K) -> (..., N)
 
 
@@ -26,6 +29,7 @@ def pack(model: nn.Module, dtype: torch.dtype, quant: Literal["int8"] | None, na
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     _cast(twin, dtype)
     product = functools.partial(_product, quant=quant, native=native)
+    turns: dict[tuple[Rope, int], Turns] = {}
     modules: list[Any] = list(twin.modules())
     for module in modules:
         if names := getattr(module, "side_by_side", None):
@@ -42,16 +46,40 @@ def pack(model: nn.Module, dtype: torch.dtype, quant: Literal["int8"] | None, na
             _own(module, router_logits=_linear(router, None) if native else functools.partial(_float_linear, router))
             if native:
                 _own(module, experts=_experts(module, product))
+                if module.score is torch.sigmoid:  # softmax goes row by row
+                    _own(module, score=steady(torch.sigmoid))
+        if native and isinstance(module, MLP):
+            _own(module, act=steady(module.act))
         if native and isinstance(module, RMSNorm):
             _own(module, forward=functools.partial(_norm, module.weight, module.eps))
+        if native and isinstance(module, (GQA, MLA)) and module.rope is not None:
+            dim = module.rope.dim or (module.rope_dim if isinstance(module, MLA) else module.head_dim)
+            _own(module, turn=turns.setdefault((module.rope, dim), Turns(module.rope, dim)))
         if native and isinstance(module, MLA):
             absorb, expand = _absorbed(module)
             _own(module, absorb=absorb, expand=expand)
+    if native and getattr(twin, "logit_cap", None) is not None:
+        tanh, cap = steady(torch.tanh), twin.logit_cap
+        _own(twin, logits=lambda x: cap * tanh(twin.head(x).float() / cap))
     routers = {id(m.router) for m in twin.modules() if isinstance(m, MoE)}
     for module in modules:
         if isinstance(module, nn.Linear) and module.weight is not None and id(module) not in routers:
             _own(module, forward=product(module.weight, module.bias))
     return twin
+
+
+def steady(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same elementwise function, with bits that do not depend on where in a tensor a number stands: torch computes the
+    few at the end of a thread's share one by one, which rounds differently; so there are none."""
+
+    def run(x: Tensor) -> Tensor:
+        if x.numel() % WHOLE == 0:
+            return function(x)
+        flat = x.new_zeros(-(-x.numel() // WHOLE) * WHOLE)
+        flat[: x.numel()] = x.flatten()
+        return function(flat)[: x.numel()].view(x.shape)
+
+    return run
 
 
 def _own(module: nn.Module, **methods: Callable[..., Any]) -> None:
@@ -120,6 +148,34 @@ def _norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
     if x.shape[-1] != weight.shape[0] or not x.is_contiguous():
         x = x.contiguous()
     return kernels.rms_norm(x.view(-1, x.shape[-1]), weight, eps).view(x.shape)
+
+
+class Turns:
+    """Rotary positions from a table: (B, H, T, D), positions (B, T) or None -> like the first. The table grows by whole
+    blocks, so that a position has the same bits whenever it is computed."""
+
+    BLOCK = 1024
+
+    def __init__(self, how: Rope, dim: int):
+        self.how, self.dim = how, dim
+        self.tables = torch.empty(2, 0, dim)
+        self.last: tuple[Tensor | None, Tensor, Tensor] = (None, self.tables[0], self.tables[1])
+
+    def __call__(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        if positions is None or len(x) > 1:  # whole contexts
+            return rope(x, positions, self.how)
+        if self.last[0] is not positions:  # the layers of a step ask for the same ones
+            self.last = positions, *self._rows(positions[0])
+        y = kernels.rope(x[0].transpose(0, 1), self.last[1], self.last[2], self.how.layout == "half")
+        return y.transpose(0, 1)[None]
+
+    def _rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        while int(positions.max()) >= (n := self.tables.shape[1]):
+            block = torch.arange(n, n + self.BLOCK)[None]
+            more = torch.stack(angles(block, self.how, self.dim, block.device)).view(2, self.BLOCK, self.dim)
+            self.tables = torch.cat((self.tables, more), 1)
+        cos, sin = self.tables.index_select(1, positions)
+        return cos, sin
 
 
 def _experts(

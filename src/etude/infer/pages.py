@@ -176,9 +176,8 @@ class PagePool:
             for i in range(table._full, full):
                 at = (i - table._full) * self.page_size
                 end = self._index(end, tokens[at : at + self.page_size], table.pages[i])
+            table._end.tables -= 1  # it stays: it has a child
             end.tables += 1
-            table._end.tables -= 1
-            self._prune(table._end)
             table._end = end
         table._full = full
 
@@ -192,7 +191,7 @@ class PagePool:
             pages = [-1] * first + table.pages[first:end]
             table.pages[first:end] = [-1] * (end - first)
             table._trimmed = end
-            self._give_back(pages, _chain(table._end)[:end])
+            self._give_back(pages, _chain(table._end))
 
     def release(self, table: Table, ids: list[int], computed: int) -> None:
         """End the table. What it computed stays cached as long as there is room, a partly filled last page as well. If
@@ -315,7 +314,7 @@ class PagePool:
             while self._n_free < min(room, need + AHEAD) and self._lru:
                 self._evict()
         while need:
-            start = table.pages[-1] + 1 if table.pages and table.pages[-1] >= 0 else self.n_pages
+            start = table.pages[-1] + 1 if table.pages else self.n_pages
             ahead = self._space[start : start + room]
             taken = ((ahead != 0) & (ahead != table._number)).nonzero()[0]
             length = int(taken[0]) if len(taken) else len(ahead)

@@ -176,7 +176,7 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Token | None]:
     return found
 
 
-def raw_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Token]:
+def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Token]:
     """logits (T, V) and the token that came after each -> those tokens with `logprob` and the `top` likeliest, without any
     where a logit is NaN or all are -inf."""
     step = len(tokens) if logits.is_cuda else max(1, CHUNK // logits.shape[1])
@@ -351,10 +351,9 @@ def _pick(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
     Sums are running ones, which go from left to right whatever B is; torch.sum adds up a single row in another order."""
     sums = w.cumsum(-1, dtype=torch.float64)
-    total = sums[:, -1:].contiguous()
+    total = sums[:, -1:]
+    # A weight of 0 is never the first beyond u; u is 1 - 2^-53 at most, and with that a product is rounded below total.
     at = torch.searchsorted(sums, u[:, None] * total, right=True)
-    # A weight of 0 is never the first beyond u; rounding can only overrun the end.
-    at = torch.minimum(at, torch.searchsorted(sums, total))
     return at[:, 0], (w.gather(1, at).double() / total).log()[:, 0]
 
 

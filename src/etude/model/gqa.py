@@ -118,6 +118,10 @@ class GQA(nn.Module):
         out = self.q(x), self.k(x), self.v(x)
         return out if self.gate is None else (*out, self.gate(x))
 
+    def turn(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """Queries or keys (B, H, T, D) with their positions in them, where the layer has any."""
+        return x if self.rope is None else rope(x, positions, self.rope)
+
     def forward(
         self, x: Tensor, positions: Tensor | None = None, documents: Documents | None = None, cache=None
     ) -> Tensor:
@@ -128,8 +132,7 @@ class GQA(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if self.rope is not None:
-            q, k = rope(q, positions, self.rope), rope(k, positions, self.rope)
+        q, k = self.turn(q, positions), self.turn(k, positions)
         scale = self.head_dim**-0.5
         if cache is None:
             y = attend(q, k, v, documents, scale, self.window)

@@ -133,6 +133,10 @@ class MLA(nn.Module):
     def _up(self) -> tuple[Tensor, ...]:
         return self.kv_up.weight.view(self.n_heads, -1, self.rank).split((self.nope_dim, self.v_dim), 1)
 
+    def turn(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """Queries or keys (B, H, T, D) with their positions in them, where the layer has any."""
+        return x if self.rope is None else rope(x, positions, self.rope)
+
     def forward(
         self, x: Tensor, positions: Tensor | None = None, documents: Documents | None = None, cache=None
     ) -> Tensor:
@@ -144,8 +148,7 @@ class MLA(nn.Module):
         q_nope, q_rope = q.view(B, T, self.n_heads, -1).transpose(1, 2).split((self.nope_dim, self.rope_dim), -1)
         latent, k_rope = latent.split((self.rank, self.rope_dim), -1)
         latent, k_rope = self.kv_norm(latent), k_rope[:, None]  # (B, T, R), (B, 1, T, P)
-        if self.rope is not None:
-            q_rope, k_rope = rope(q_rope, positions, self.rope), rope(k_rope, positions, self.rope)
+        q_rope, k_rope = self.turn(q_rope, positions), self.turn(k_rope, positions)
         if cache is None:
             kv = self.kv_up(latent).view(B, T, self.n_heads, -1).transpose(1, 2)
             k_nope, v = kv.split((self.nope_dim, self.v_dim), -1)

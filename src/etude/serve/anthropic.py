@@ -5,7 +5,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field
+from pydantic import Field
 from pydantic_core import from_json
 
 from etude.infer.request import Piece, Request
@@ -28,7 +28,7 @@ class TextBlock(Strict):
     citations: Unsupported = None
 
 
-Texts = Annotated[list[TextBlock], FailFast()]
+Texts = Annotated[list[TextBlock], Field(fail_fast=True)]
 
 
 class ToolUse(Strict):
@@ -53,7 +53,7 @@ Block = Annotated[TextBlock | ToolUse | ToolResult, Field(discriminator="type")]
 
 class Message(Strict):
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[Block], Field(min_length=1), FailFast()]
+    content: str | Annotated[list[Block], Field(min_length=1, fail_fast=True)]
 
 
 class Tool(Strict):
@@ -82,9 +82,9 @@ class Metadata(Strict):
 
 class CountRequest(Strict):
     model: str
-    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     system: str | Texts | None = None
-    tools: Annotated[list[Tool], Field(max_length=128), FailFast()] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     cache_control: Any = None
@@ -174,7 +174,9 @@ def asked(body: CountRequest, tokenizer: Tokenizer) -> Asked:
     how = {"auto": "auto", "none": "none"}.get(choice.type, "required")
     found.with_tools(functions, how, choice.name, not choice.disable_parallel_tool_use)
     if prefill and found.forced:
-        raise ApiError(400, "a 'tool_choice' that forces a tool cannot follow the beginning of an answer", "tool_choice")
+        raise ApiError(
+            400, "a 'tool_choice' that forces a tool cannot follow the beginning of an answer", "tool_choice"
+        )
     return found
 
 

@@ -5,7 +5,6 @@ import base64
 import dataclasses
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
 import time
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import FastAPI
 from fastapi import Request as Http
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, FailFast, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -34,6 +33,7 @@ from etude.serve.errors import BUG, ApiError, Gone, from_engine, from_validation
 from etude.serve.metrics import Metrics, Record
 from etude.serve.openai_schema import Answer, ChatCompletion, ChatRequest, Completion, CompletionRequest, Strict
 from etude.serve.openai_schema import Message as ChatMessage
+from etude.serve.start import is_loopback
 from etude.serve.stream import Events, Stream
 from etude.serve.tokens import vocabulary
 
@@ -113,11 +113,15 @@ class Server:
                     elif size > 8 * limit:  # some of the rest is read, so that the client comes to hear why
                         break
         except TimeoutError:
-            raise ApiError(408, f"the request's body was not complete after {self.body_timeout:g} s", close=True) from None
+            raise ApiError(
+                408, f"the request's body was not complete after {self.body_timeout:g} s", close=True
+            ) from None
         except ClientDisconnect:
             raise Gone from None
         if size > limit:
-            raise ApiError(413, f"the body is larger than the {self.max_body_mb:g} MB that this server takes", close=True)
+            raise ApiError(
+                413, f"the body is larger than the {self.max_body_mb:g} MB that this server takes", close=True
+            )
         return bytes(found)
 
     async def parse(self, http: Http, kind: type[M]) -> M:
@@ -145,7 +149,9 @@ class Outer:
         id = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else f"req_{secrets.token_hex(12)}"
         path = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         record = scope["etude.record"] = Record(id, scope["method"], path, self.server.metrics)
-        scope["etude.anthropic"] = "anthropic-version" in headers or re.match(r"/v1/messages\b", scope["path"]) is not None
+        scope["etude.anthropic"] = (
+            "anthropic-version" in headers or re.match(r"/v1/messages\b", scope["path"]) is not None
+        )
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -153,7 +159,7 @@ class Outer:
                 named = [(b"x-request-id", id.encode())] + [(b"request-id", id.encode())] * scope["etude.anthropic"]
                 closing = [(b"connection", b"close")] if self.server.draining else []
                 old = [h for h in message.get("headers", []) if not closing or h[0] != b"connection"]
-                message = message | {"headers": [*old, *named, *closing]}
+                message = {**message, "headers": [*old, *named, *closing]}
             await send(message)
 
         self.server.answering += 1
@@ -187,16 +193,9 @@ class Outer:
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self.server.keys]
         if not any(matches):
-            raise ApiError(401, "the API key is wrong" if given else "an API key is needed: Authorization: Bearer <key>")
-
-
-def is_loopback(host: str) -> bool:
-    if host.lower() == "localhost" or host.lower().endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+            raise ApiError(
+                401, "the API key is wrong" if given else "an API key is needed: Authorization: Bearer <key>"
+            )
 
 
 def answer_error(scope: Scope, error: ApiError) -> Response:
@@ -216,7 +215,9 @@ async def _http_error(http: Http, error: Exception) -> Response:
     what = f"{http.method} {http.url.path[:200]}"
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        return answer_error(http.scope, ApiError(405, f"{what} is not allowed, only {allowed}", headers={"allow": allowed}))
+        return answer_error(
+            http.scope, ApiError(405, f"{what} is not allowed, only {allowed}", headers={"allow": allowed})
+        )
     return answer_error(http.scope, ApiError(404, f"there is no {what} here"))
 
 
@@ -275,7 +276,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast()] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
 
 
 class TokenizeAnswer(Answer):
@@ -286,7 +287,7 @@ class TokenizeAnswer(Answer):
 
 class DetokenizeRequest(Strict):
     model: str | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 
 
 class DetokenizeAnswer(Answer):
@@ -380,9 +381,7 @@ def _add_openai(app: FastAPI, server: Server) -> None:
         prompt = await asyncio.to_thread(found.prompt)
         request = openai.chat_request(body, found, prompt, engine.vocab_size, server.context)
         stream = server.stream(http, [request], found.guided_by)
-        samples = [
-            openai.ChatSample(engine.tokenizer, found.reader(), bool(body.logprobs)) for _ in range(request.n)
-        ]
+        samples = [openai.ChatSample(engine.tokenizer, found.reader(), bool(body.logprobs)) for _ in range(request.n)]
         totals = openai.Totals(len(prompt))
         if not body.stream:
             return JSONResponse(await openai.chat_answer(stream, samples, totals, server.name))

@@ -65,7 +65,9 @@ def from_engine(error: EtudeError, param: str | None = None) -> ApiError:
     if isinstance(error, QueueFull):
         return ApiError(429, f"too many requests wait already: {error}", headers={"retry-after": str(RETRY)})
     if isinstance(error, EngineDead):
-        return ApiError(503, "the engine does not work any more; the server has to be started again", code="engine_dead")
+        return ApiError(
+            503, "the engine does not work any more; the server has to be started again", code="engine_dead"
+        )
     if isinstance(error, Refusal):
         return ApiError(400, str(error), param)
     raise error

@@ -44,7 +44,9 @@ class Metrics:
         self.prompt = Counter("etude_prompt_tokens", "tokens of prompts", **named)
         self.completion = Counter("etude_completion_tokens", "tokens that were generated", **named)
         self.first = Histogram("etude_time_to_first_token_seconds", "from a request's arrival to its first token", buckets=FIRST, **named)  # fmt: skip
-        self.between = Histogram("etude_inter_token_seconds", "between two tokens of a sample", buckets=BETWEEN, **named)
+        self.between = Histogram(
+            "etude_inter_token_seconds", "between two tokens of a sample", buckets=BETWEEN, **named
+        )
         self.registry.register(_Engine(stats))
 
 

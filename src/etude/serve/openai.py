@@ -109,9 +109,8 @@ def asked(body: ChatRequest, tokenizer: Tokenizer) -> Asked:
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise ApiError(400, "'max_tokens' and 'max_completion_tokens' say different things; give one", "max_tokens")
     found = Asked(tokenizer, messages_of(body.messages))
-    choice, named = body.tool_choice, None
-    if isinstance(choice, NamedTool):
-        choice, named = "required", choice.function.name
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    choice = "required" if isinstance(body.tool_choice, NamedTool) else body.tool_choice
     if choice not in (None, "none") and not body.tools:
         raise ApiError(400, "'tool_choice' is only allowed when 'tools' are given", "tool_choice")
     functions = [t.function.model_dump(exclude_none=True, exclude={"strict"}) for t in body.tools or ()]
@@ -135,7 +134,7 @@ def chat_request(body: ChatRequest, found: Asked, prompt: list[int], vocab_size:
         n=body.n or 1,
         max_tokens=budget(len(prompt), wanted, context, "messages"),
         stop=stops(body) + found.stop,
-        stop_ids=found.end_ids(),
+        stop_ids=frozenset() if body.ignore_eos else found.end_ids(),
         ignore_stop_ids=bool(body.ignore_eos),
         guide=found.guide,
     )
@@ -153,7 +152,9 @@ def prompts(body: CompletionRequest, tokenizer: Tokenizer, vocab_size: int) -> l
                 raise from_engine(error, "prompt") from None
         else:
             if max(prompt) >= vocab_size:
-                message = f"Invalid value for 'prompt': {max(prompt)} is no token id; they go from 0 to {vocab_size - 1}"
+                message = (
+                    f"Invalid value for 'prompt': {max(prompt)} is no token id; they go from 0 to {vocab_size - 1}"
+                )
                 raise ApiError(400, message, "prompt")
             found.append(prompt)
     return found
@@ -165,7 +166,7 @@ def echoes(body: CompletionRequest, found: list[list[int]], tokenizer: Tokenizer
         return [None] * len(found)
     given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     texts = [p for p in given if isinstance(p, str)]
-    return texts or [tokenizer.decode(ids) for ids in found]
+    return [*texts] or [tokenizer.decode(ids) for ids in found]
 
 
 def completion_requests(
@@ -263,9 +264,9 @@ class ChatSample:
         if isinstance(event, tools.Call):
             function = {"name": event.name, "arguments": ""}
             self.calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
-            return {"tool_calls": [{"index": event.index, **self.calls[-1], "function": dict(function)}]}
-        self.calls[event.index]["function"]["arguments"] += event.text
-        return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
+            return {"tool_calls": [{"index": event.number, **self.calls[-1], "function": dict(function)}]}
+        self.calls[event.number]["function"]["arguments"] += event.text
+        return {"tool_calls": [{"index": event.number, "function": {"arguments": event.text}}]}
 
     def _logprob(self, token: Token) -> dict[str, Any]:
         def one(id: int, logprob: float) -> dict[str, Any]:
@@ -334,7 +335,9 @@ class TextSample:
         self.aligner = Aligner(tokenizer) if logprobs else None
         self.begun, self.offset, self.cut = False, 0, b""
         self.text = ""
-        self.logprobs: dict[str, list[Any]] = {k: [] for k in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
+        self.logprobs: dict[str, list[Any]] = {
+            k: [] for k in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
         self.finish: str | None = None
 
     def push(self, piece: Piece) -> tuple[str, dict[str, list[Any]] | None]:

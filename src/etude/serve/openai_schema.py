@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 # ---------------------------------------------------------------- what is asked for
@@ -21,7 +21,7 @@ def _refuse(value: Any) -> None:
 
 Unsupported = Annotated[None, BeforeValidator(_refuse)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Stops = Annotated[list[Stop], Field(max_length=4), FailFast()]
+Stops = Annotated[list[Stop], Field(max_length=4, fail_fast=True)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -37,7 +37,7 @@ class RefusalPart(Strict):
     refusal: str
 
 
-Parts = Annotated[list[TextPart], Field(min_length=1), FailFast()]
+Parts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
 
 class SystemMessage(Strict):
@@ -66,9 +66,13 @@ class ToolCall(Strict):
 
 class AssistantMessage(Strict):
     role: Literal["assistant"]
-    content: str | Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], FailFast()] | None = None
+    content: (
+        str
+        | Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)]
+        | None
+    ) = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], FailFast()] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None  # of web searches
     audio: Unsupported = None
@@ -153,13 +157,13 @@ class Common(Strict):
 
 
 class ChatRequest(Common):
-    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128), FailFast()] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
@@ -182,12 +186,12 @@ class ChatRequest(Common):
     web_search_options: Unsupported = None
 
 
-Texts = Annotated[list[str], Field(min_length=1), FailFast()]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), FailFast()]
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(Common):
-    prompt: str | Texts | Ids | Annotated[list[Ids], Field(min_length=1), FailFast()]
+    prompt: str | Texts | Ids | Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None

@@ -1,152 +1,130 @@
-"""What serve.py does: one process with one engine that listens on one address, from its start to its end."""
+"""The process that serves: it listens while the model loads, and when it is told to end, it lets requests finish."""
 
 import asyncio
+import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from etude.errors import Refusal
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-LAST = 1.0  # seconds that connections have to close when nothing runs any more
-INSIDE = ("artifacts", "checkpoints", "export", "best", "last")  # folders of a run
+from etude.serve.app import Server, create_app
+from etude.serve.errors import ApiError
 
-
-def run(cfg: dict) -> int:
-    """-> exit code."""
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise Refusal(f"serve.py needs {error.name}: pip install 'etude[serve]'") from None
-    check_settings(cfg)
-    keys = read_keys(cfg)
-    template = read_template(cfg["chat_template"])
-    listener = bind(cfg["host"], cfg["port"], keys)
-    try:
-        return listen(cfg, keys, template, listener)
-    finally:
-        listener.close()
+LAST = 2  # seconds that connections have to close when nothing runs any more
+QUIET = 30.0  # seconds in which a new connection has to send the head of a request
 
 
-def check_settings(cfg: dict) -> None:
-    for name in ("max_n", "max_body_mb", "body_timeout", "request_timeout"):
-        if cfg[name] is not None and cfg[name] <= 0:
-            raise Refusal(f"{name}={cfg[name]} should be above 0")
-    if cfg["drain_seconds"] < 0:
-        raise Refusal(f"drain_seconds={cfg['drain_seconds']} should be at least 0")
-    if not 0 <= cfg["port"] <= 65535:
-        raise Refusal(f"port={cfg['port']} should be between 0 (any that is free) and 65535")
+class Protocol(H11Protocol):
+    """HTTP whose clients do not keep connections on which they send no request, or half the head of one."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.quiet = self.loop.call_later(QUIET, self._give_up)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None:
+            self.quiet.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.quiet.cancel()
+        super().connection_lost(exc)
+
+    def _give_up(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
 
 
-def read_keys(cfg: dict) -> list[str]:
-    """From the config, ETUDE_API_KEYS (with commas between them) and a file (one a line)."""
-    keys = [*cfg["keys"], *os.environ.get("ETUDE_API_KEYS", "").split(",")]
-    if cfg["key_file"] is not None:
-        try:
-            keys += Path(cfg["key_file"]).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Refusal(f"key_file={cfg['key_file']} cannot be read: {error}") from None
-        if not any(k.strip() for k in keys):
-            raise Refusal(f"key_file={cfg['key_file']} holds no key; write one a line")
-    return [k.strip() for k in keys if k.strip()]
+class Process(uvicorn.Server):
+    """uvicorn with our way to end. SIGTERM or Ctrl-C: new requests are answered with 503, running ones have
+    `drain_seconds`, then they are aborted. A second signal: at once."""
 
-
-def read_template(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"chat_template={path} cannot be read: {error}; give a file with a Jinja template") from None
-
-
-def bind(host: str, port: int, keys: list[str]) -> socket.socket:
-    """Raises Refusal for an address that is taken or not this machine's, or one that others reach without a key."""
-    from etude.serve.app import is_loopback
-
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise Refusal(f"host={host}: {error.strerror or error}; type host=127.0.0.1") from None
-    if not keys and not is_loopback(str(address[0])):
-        raise Refusal(
-            f"host={host} can be reached from other machines, which needs a key: set ETUDE_API_KEYS=<key>, or type key_file=<file>"
+    def __init__(self, server: Server, drain_seconds: float):
+        config = uvicorn.Config(
+            create_app(server),
+            http=Protocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",  # the application logs itself
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=LAST,
         )
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        super().__init__(config)
+        self.server, self.drain_seconds = server, drain_seconds
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.ending: asyncio.Task[None] | None = None
+        self.failed: BaseException | None = None  # what loading raised
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.server.draining or self.loop is None:
+            self.should_exit = self.force_exit = True
+        else:
+            self.loop.call_soon_threadsafe(self.end)
+
+    def end(self) -> None:
+        """Begin to drain. To be called in the event loop."""
+        if not self.server.draining:
+            self.server.draining = True
+            self.ending = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        until = time.monotonic() + self.drain_seconds
+        while self.server.answering and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        for stream in list(self.server.streams):
+            stream.fail(
+                ApiError(503, "the server was shut down before the request was done", code="draining", close=True)
+            )
+        self.should_exit = True
+
+
+def listen(cfg: dict, name: str, keys: list[str], template: str | None, listener: socket.socket) -> int:
+    """-> exit code. Raises what loading the model raised."""
+    limits = {k: cfg[k] for k in ("max_body_mb", "body_timeout", "request_timeout", "max_n", "access_log")}
+    server = Server(name, keys, **limits)
+    process = Process(server, cfg["drain_seconds"])
+    threading.Thread(target=_load, args=(cfg, template, process, listener), name="etude-load", daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(process.serve(sockets=[listener]))
+    if process.failed is not None:
+        raise process.failed
+    if server.engine is None:  # still loading, in a thread that cannot be ended
+        sys.stdout.flush()
+        os._exit(0)
+    server.engine.shutdown(0.5 if process.force_exit else 5.0)
+    return 0
+
+
+def _load(cfg: dict, template: str | None, process: Process, listener: socket.socket) -> None:
+    server, begun, url = process.server, time.monotonic(), url_of(listener)
     try:
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        what = "is taken" if isinstance(error, OSError) and error.errno == 98 else f"cannot be had ({error.strerror})"
-        raise Refusal(f"port={port} on host={host} {what}; type port=<another>, or port=0 for any") from None
-    return listener
-
-
-def name_of(cfg: dict) -> str:
-    """served_name, else the name of the run's folder."""
-    if cfg["served_name"]:
-        return cfg["served_name"]
-    path = Path(cfg["ckpt"]).expanduser().absolute()
-    while (path.name in INSIDE or path.name.startswith("step_")) and path.parent.name:
-        path = path.parent
-    return path.name
+        engine = load_engine(cfg, template)
+        engine.start()
+        server.engine = engine
+    except BaseException as error:
+        process.failed, process.should_exit = error, True
+        return
+    seconds = time.monotonic() - begun
+    print(f"{server.name} is ready at {url} (context {server.context} tokens, loaded in {seconds:.1f} s)", flush=True)
 
 
 def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def listen(cfg: dict, keys: list[str], template: str | None, listener: socket.socket) -> int:
-    import uvicorn
-
-    from etude.serve.app import Server, create_app
-
-    server = Server(
-        name_of(cfg),
-        keys,
-        max_body_mb=cfg["max_body_mb"],
-        body_timeout=cfg["body_timeout"],
-        request_timeout=cfg["request_timeout"],
-        max_n=cfg["max_n"],
-        access_log=cfg["access_log"],
-    )
-    process = Process(server, create_app(server), cfg["drain_seconds"])
-    url = url_of(listener)
-
-    def load() -> None:
-        begun = time.monotonic()
-        try:
-            engine = load_engine(cfg, template)
-            engine.start()
-        except BaseException as error:
-            process.failed = error
-            process.should_exit = True
-            return
-        server.engine = engine
-        seconds = time.monotonic() - begun
-        print(f"{server.name} is ready at {url} (context {server.context}, loaded in {seconds:.1f} s)", flush=True)
-
-    threading.Thread(target=load, name="etude-load", daemon=True).start()
-    asyncio.run(process.serve(sockets=[listener]))
-    if server.engine is not None:
-        server.engine.shutdown(0.5 if process.force_exit else 5.0)
-    if process.failed is not None:
-        raise process.failed
-    if server.engine is None:
-        # The thread that loads cannot be ended, and Python would wait for what it holds.
-        sys.stdout.flush()
-        os._exit(0)
-    return 0
 
 
 def load_engine(cfg: dict, template: str | None) -> Any:
@@ -162,13 +140,3 @@ def load_engine(cfg: dict, template: str | None) -> Any:
         chat.render(engine.tokenizer, [{"role": "user", "content": "a"}])  # refused now rather than at each request
     vocabulary(engine.tokenizer)  # takes a moment
     return engine
-
-
-def make_process() -> type:
-    """uvicorn is imported where it is used."""
-    import uvicorn
-
-    class Process(uvicorn.Server):
-        pass
-
-    return Process

@@ -127,7 +127,9 @@ class Events(Response):
     raises later one more event, made by `failure`."""
 
     def __init__(self, events: AsyncIterator[bytes], failure: Callable[[ApiError], bytes], stream: Stream):
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        super().__init__(
+            media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
+        )
         self.raw_headers = [(k, v) for k, v in self.raw_headers if k not in (b"content-length", b"content-type")]
         self.raw_headers.append((b"content-type", b"text/event-stream"))
         self.events, self.failure, self.stream = events, failure, stream

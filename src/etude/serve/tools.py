@@ -20,14 +20,14 @@ class Text(NamedTuple):
 class Call(NamedTuple):
     """A call begins."""
 
-    index: int
+    number: int
     name: str
 
 
 class Arguments(NamedTuple):
     """More of a call's arguments, as JSON."""
 
-    index: int
+    number: int
     text: str
 
 
