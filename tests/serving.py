@@ -57,7 +57,7 @@ class Fake:
         self.delay = 0.0  # seconds a token
         self.max_waiting = 1000
         self.at: dict[int, Callable[[], Any]] = {}  # before token number k: raises, or returns an error's text
-        self.hangs_at: int | None = None
+        self.hangs_at: int | None = None  # tokens after which one request gets no more
         self.refuses: str | None = None  # in the request's first step
         self.fault: str | None = None
         self.running = self.aborted = self.finished = 0
@@ -102,9 +102,11 @@ class Fake:
                     yield piece
                     if piece.finish is not None:
                         rows.remove(row)
-                if self.hangs_at is not None and rows and self.hangs_at <= 0:
-                    await asyncio.sleep(3600)
-                self.hangs_at = None if self.hangs_at is None else self.hangs_at - 1
+                if self.hangs_at is not None:
+                    self.hangs_at -= 1
+                    if self.hangs_at < 0:
+                        self.hangs_at = None
+                        await asyncio.sleep(3600)
                 if self.fault is not None:
                     raise EngineDead(self.fault)
             done = True

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from paged import Rows, cache_of
 from test_model import MODELS, V, made, model_node, tokens, uninitialised
 from torch import Tensor
 
 from etude.config import CONF, build
 from etude.errors import Refusal
-from etude.infer.cache import KVCache
+from etude.infer.cache import PagedCache
+from etude.infer.pages import PagePool
 from etude.model import attention, gqa, mla
 from etude.model.attention import BLOCK, Documents, attend
 from etude.model.rope import LinearRope, Llama3Rope, NTKRope, Rope, YarnRope, rope
@@ -574,10 +576,6 @@ def test_latent_attention_against_its_formula(case: str) -> None:
         close(part(x), latent_by_hand(part, x), 1e-5)
 
 
-def cache_of(m: Transformer, batch: int, capacity: int) -> KVCache:
-    return KVCache([a.cache_shape() for a in m.attentions()], batch, capacity, torch.float32, CPU)
-
-
 @pytest.mark.parametrize("case", LATENT)
 @pytest.mark.parametrize("prefills", [[], [12], [1, 11], [5, 4, 6]], ids=str)
 @torch.no_grad()
@@ -586,29 +584,29 @@ def test_absorbed_products_are_the_expanded_ones(case: str, prefills: list[int])
     m, ids = latent_model(case), tokens(3, 20)
     expected = m(ids)
     scale = max(1.0, expected.abs().max().item())
-    cache, at = cache_of(m, 3, 20), 0
+    rows, at = Rows(m, 3, 20), 0
     for n in [*prefills, *[1] * (20 - sum(prefills))]:
-        x, _ = m.hidden(ids[:, at : at + n], cache.positions(n), None, cache)
-        close(m.logits(x) / scale, expected[:, at : at + n] / scale, 1e-5, f"{at} to {at + n}")
+        found = torch.stack(rows.logits(list(ids[:, at : at + n])))
+        close(found / scale, expected[:, at : at + n] / scale, 1e-5, f"{at} to {at + n}")
         at += n
-        cache.extend([at] * 3)
 
 
-def memory(cache: KVCache) -> int:
+def memory(cache: PagedCache) -> int:
     """Bytes that the cache holds, each once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in cache.layers for t in (s.k, s.v)}
-    return sum(storages.values())
+    held = [t.untyped_storage() for s in cache.layers for t in (s.k, s.v) if t is not None]
+    return sum({s.data_ptr(): s.nbytes() for s in held}.values())
 
 
 def test_what_a_latent_cache_holds() -> None:
     """The latent and the rotary key of each position, once: no head's keys or values. Beside it grouped heads."""
-    rows, capacity, layers, size = 3, 50, 2, 4
+    rows, capacity, layers, size = 3, 48, 2, 4
+    pool = PagePool(rows * capacity // 16, 16)
     for attn in ("mla", "mla_q_lora"):
-        found = memory(cache_of(uninitialised("dense", f"model/attn={attn}"), rows, capacity))
+        found = memory(cache_of(uninitialised("dense", f"model/attn={attn}"), pool))
         assert found == (12 + 4) * size * layers * capacity * rows
     for kv in (1, 2, 4):
         m = uninitialised("dense", f"model.attn.n_kv_heads={kv}")
-        assert memory(cache_of(m, rows, capacity)) == 2 * kv * 8 * size * layers * capacity * rows
+        assert memory(cache_of(m, pool)) == 2 * kv * 8 * size * layers * capacity * rows
     # as conf/ has them, MLA's is less than a third of GQA's
     cached = {a: sum(math.prod(s) for s in shapes(a)) for a in ("mla", "gqa")}
     assert cached == {"mla": 64 + 16, "gqa": 2 * 4 * 32}
@@ -676,5 +674,5 @@ def test_every_model_has_attention_that_can_be_cached() -> None:
     """A shape for each layer, and of the dtype and size that the cache is made with."""
     for model in MODELS:
         m = uninitialised(model)
-        cache = cache_of(m, 2, 7)
-        assert len(cache.layers) == 2 and all(s.k.shape[0] == 2 and s.k.shape[2] == 7 for s in cache.layers)
+        cache = cache_of(m, PagePool(2, 7))
+        assert len(cache.layers) == 2 and all(s.k.shape[0] == 14 for s in cache.layers)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import varied_text
 from hydra import compose, initialize_config_dir
 from running import ROOT, environment
@@ -19,9 +18,9 @@ from test_model import made
 
 from etude.config import CONF, check
 from etude.errors import Refusal
-from etude.infer import generate, session
-from etude.infer.generate import complete
-from etude.infer.sampling import Sampling
+from etude.infer import engine, session
+from etude.infer.engine import InferenceEngine
+from etude.infer.sampling import Sampling, Token
 from etude.text import chat
 from etude.text import tokenizer as tok
 from etude.text.tokenizer import BOS, EOS, IM_END, IM_START, PAD, Tokenizer
@@ -373,7 +372,8 @@ def answer(talker: tuple[Path, Any, Tokenizer], messages: list[dict[str, str]], 
     """What the model says to a conversation, by the parts that generate.py is made of."""
     _, model, tokenizer = talker
     prompt = tokenizer.encode(chat.render(tokenizer, messages))
-    return complete(model, tokenizer, [prompt], Sampling(temperature=0), n)[0].text
+    options = {"sampling": Sampling(temperature=0), "max_tokens": n}
+    return InferenceEngine(model, tokenizer).generate([prompt], **options)[0].text
 
 
 def user(text: str) -> dict[str, str]:
@@ -464,9 +464,9 @@ def test_several_messages_and_a_file_of_answers(
     assert session.run(settings(talker[0], **given)) == 0
     heads = [f"--- {p!r} sample 1, 12 tokens, ended by length\n{t}\n\n" for p, t in zip(lines, expected)]
     assert capsys.readouterr().out == "".join(heads)
-    given = {"file": str(tmp_path / "prompts.jsonl"), "out": str(tmp_path / "out.jsonl"), "n": 2, "batch_size": 3}
+    given = {"file": str(tmp_path / "prompts.jsonl"), "out": str(tmp_path / "two.jsonl"), "n": 2}
     assert session.run(settings(talker[0], **given)) == 0
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = [answer(talker, [user(p)]) for p in ("Hello\nthere", "ü")]
     assert [(r["prompt"], r["choice"], r["text"]) for r in rows] == [
         (p, c, t) for p, t in zip(("Hello\nthere", "ü"), texts) for c in (0, 1)
@@ -477,7 +477,7 @@ def says(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, *texts: str) -> 
     """Let the model's draws be the ids of these texts, one after another, and dots for ever."""
     given = [i for t in texts for i in tokenizer.encode(t)]
     ids = itertools.chain(given, itertools.repeat(tokenizer.encode(".")[0]))
-    monkeypatch.setattr(generate, "draw", lambda logits, *a: torch.tensor([next(ids)] * len(logits)))
+    monkeypatch.setattr(engine, "choose", lambda logits, choosers: [Token(next(ids)) for _ in choosers])
 
 
 def test_the_end_of_a_turn_ends_the_answer(

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from etude import checkpoint
 from etude.errors import EtudeError, Refusal, StorageFault
-from etude.infer.generate import complete
 from etude.infer.load import load
 from etude.infer.sampling import Sampling
 from etude.interop import convert
@@ -36,6 +35,8 @@ from etude.text import tokenizer as tok
 
 GONE = object()  # a key to take out
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+ENGINE = {"_target_": "etude.infer.engine.Settings"}
 
 
 @pytest.fixture(scope="module")
@@ -847,8 +848,8 @@ def test_shards_hold_the_same(tmp_path: Path) -> None:
     assert checkpoint.find(str(tmp_path / "many")) == tmp_path / "many"
     texts = []
     for folder in ("one", "many"):
-        loaded, t = load(str(tmp_path / folder), "cpu", "fp32", ["etude"])
-        texts.append(complete(loaded, t, [t.encode("To be")], Sampling(temperature=1.0, seed=1), 12)[0].text)
+        engine = load(str(tmp_path / folder), "cpu", "fp32", ["etude"], ENGINE)
+        texts.append(engine.generate(["To be"], sampling=Sampling(temperature=1.0, seed=1), max_tokens=12)[0].text)
     assert texts[0] == texts[1] != ""
 
 
@@ -930,8 +931,8 @@ def test_a_run_to_hugging_face_and_back(tmp_path: Path) -> None:
     )
     text = tokenizer.decode(greedy[0], skip_special_tokens=True)
     assert len(set(text)) > 4 and greedy.shape[1] == len(prompt) + 40
-    loaded, _ = load(str(run), "cpu", "fp32", ["etude"])
-    assert prompt + complete(loaded, own, [own.encode(prompt)], Sampling(temperature=0), 40)[0].text == text
+    engine = load(str(run), "cpu", "fp32", ["etude"], ENGINE)
+    assert prompt + engine.generate([prompt], sampling=Sampling(temperature=0), max_tokens=40)[0].text == text
     assert f"ckpt={back}" in script(f"from={hf}", f"to={back}")
     assert generate(f"ckpt={back}", f"prompt='{prompt}'", "max_tokens=40", "temperature=0") == text + "\n"
     stored = weights.tensors(checkpoint.find(str(run)))

@@ -39,6 +39,7 @@ FLOORS = {
     "etude.analysis": 4,
     "etude.bench": 4,
     "etude.bench_data": 4,
+    "etude.bench_engine": 4,
     "etude.training": 4,
     "etude.preparing": 4,
     "etude.preview": 4,

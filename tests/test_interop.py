@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from paged import Rows
 from torch import Tensor
 
-from etude.infer.cache import KVCache
 from etude.interop import architectures, convert
 from etude.model.transformer import Transformer
 
@@ -205,13 +205,9 @@ def gradients(model: Transformer, hf: Any, tokens: Tensor) -> None:
 def cached(model: Transformer, tokens: Tensor, expected: Tensor) -> None:
     """A prefill of unequal rows, then token by token."""
     starts = [11, 3, 7]
-    cache = KVCache([a.cache_shape() for a in model.attentions()], 3, 23, torch.float32, torch.device("cpu"))
-    x, _ = model.hidden(tokens[:, :11], None, None, cache)
-    for row, start in enumerate(starts):
-        close(model.logits(x[row, :start]), expected[row, :start])
-    cache.extend(starts)
+    rows = Rows(model, 3, 23)
+    for row, found in enumerate(rows.logits([t[:n] for t, n in zip(tokens, starts)])):
+        close(found, expected[row, : starts[row]])
     for i in range(12):
         at = torch.tensor(starts) + i
-        x, _ = model.hidden(tokens.gather(1, at[:, None]), cache.positions(1), None, cache)
-        cache.extend(at.add(1).tolist())
-        close(model.logits(x[:, 0]), expected[torch.arange(3), at])
+        close(torch.cat(rows.logits(list(tokens.gather(1, at[:, None])))), expected[torch.arange(3), at])

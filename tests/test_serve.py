@@ -106,7 +106,7 @@ def test_length_counts_tokens_and_not_chunks(gpt: openai.OpenAI) -> None:
         assert (got.choices[0].finish_reason, got.usage.completion_tokens) == ("length", 7)
     prompt = len(tokenizer().encode(chat.render(tokenizer(), HELLO)))
     assert got.usage.prompt_tokens == prompt
-    got = gpt.chat.completions.create(model=NAME, messages=HELLO, seed=2, extra_body={"ignore_eos": True})
+    got = gpt.chat.completions.create(model=NAME, messages=HELLO, extra_body={"ignore_eos": True, "seed": 2.0})
     assert got.usage.total_tokens == CONTEXT  # without a limit: all that the context has room for
 
 

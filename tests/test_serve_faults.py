@@ -1,7 +1,6 @@
 """What the server does with bad input, wrong keys, clients that go or dawdle, more than it can take, an engine that fails,
 and its own end."""
 
-import asyncio
 import json
 import os
 import random
@@ -9,9 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -87,7 +85,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"frequency_penalty": -2.1}, "frequency_penalty"),
     ({"n": 0}, "n"),
     ({"n": 1000}, "n"),
-    ({"n": 1.0}, "n"),
+    ({"n": 1.5}, "n"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": "5"}, "max_tokens"),
     ({"max_completion_tokens": -1}, "max_completion_tokens"),
@@ -214,7 +212,7 @@ def test_models_and_routes_that_are_not_there(running: Running) -> None:
         ("GET", "/v1/models/gpt-9"),
         ("POST", "/v1/embeddings"),
         ("GET", "/etc/passwd"),
-        ("GET", "/%0a"),
+        ("GET", "/%00"),
     ):
         answer = running.ask(method, path)
         assert answer.status == 404 and error_of(answer, False)["code"] == "model_not_found"
@@ -512,10 +510,13 @@ def test_a_client_that_goes_frees_its_pages(path: str, stream: bool) -> None:
     """Within two steps, streamed or not, while it runs and while it waits."""
     engine = real(max_running=1)
     with served(engine) as r:
-        body = BASE[path] | {"max_tokens": 900, "stream": stream} | ({} if path == MESSAGES else {"ignore_eos": True})
-        if path == MESSAGES:  # which cannot forbid the model to end
-            step = engine.step
-            engine.step = lambda: (time.sleep(0.02), step())[1]  # type: ignore[method-assign]
+        body = BASE[path] | {"max_tokens": 900, "stream": stream}
+        step = engine.step
+        engine.step = lambda: (time.sleep(0.03), step())[1]  # type: ignore[method-assign]
+        if path == MESSAGES:  # which cannot forbid a model to end
+            engine._ends = lambda request: frozenset()  # type: ignore[method-assign]
+        else:
+            body["ignore_eos"] = True
         with r.connect() as first, r.connect() as second:
             first.sendall(message("POST", path, body))
             while not engine.stats()["running"]:
@@ -532,17 +533,17 @@ def test_a_client_that_goes_frees_its_pages(path: str, stream: bool) -> None:
             first.close()
             assert at_rest(r)
             assert engine.stats()["finished"].get("abort", 0) == 2
-            assert engine.stats()["steps"] - before < 200  # of 900
+            assert engine.stats()["steps"] - before <= 3
 
 
 def test_slow_readers_block_nobody() -> None:
     """A client that reads a byte now and then gets all of it, others are served at once."""
-    fake = Fake("word " * 150)
+    fake = Fake("word " * 60)
     with served(fake) as r, r.connect() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         slow.sendall(message("POST", CHAT, BASE[CHAT] | {"stream": True}))
         data = b""
-        for _ in range(20):
+        for _ in range(8):
             data += slow.recv(1)
             begun = time.monotonic()
             assert r.post(CHAT, BASE[CHAT]).status == 200
@@ -729,8 +730,6 @@ def test_serve_says_in_a_line_what_is_wrong(export: Path) -> None:
             f"port={port}": f"error: port={port} on host=127.0.0.1 is taken; type port=<another>, or port=0 for any",
             "host=0.0.0.0": "error: host=0.0.0.0 can be reached from other machines, which needs a key: set ETUDE_API_KEYS=<key>, or type key_file=<file>",
             "ckpt=no/such/run": "error: ckpt=no/such/run does not exist",
-            "max_n=0": "error: max_n=0 should be above 0",
-            "max_nn=1": "error: unknown key max_nn: did you mean max_n?",
             "engine.page_size=3": "error: engine.page_size=3 should be a power of two up to 256",
         }
         running = {case: launch(f"ckpt={export}", case) for case in cases}
@@ -765,18 +764,24 @@ def test_the_schema_tells_the_truth(fuzzed: Running) -> None:
 
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
     schema = schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json")
-    statuses: dict[int, int] = {}
+    statuses: set[tuple[str, int]] = set()
+
+    def tried(operation: Any, mode: GenerationMode, count: int) -> None:
+        more = [negative_data_rejection] if mode == GenerationMode.NEGATIVE else []
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
+        def one(case: Any) -> None:
+            response = case.call(timeout=10)
+            statuses.add((operation.path, response.status_code))
+            case.validate_response(response, checks=checks + more)
+
+        one()
+
     for operation in schema.get_all_operations():
-        for mode, count in ((GenerationMode.POSITIVE, 25), (GenerationMode.NEGATIVE, 12)):
-            made = operation.ok().as_strategy(generation_mode=mode)
-
-            @given(case=made)
-            @settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
-            def one(case: Any, mode: GenerationMode = mode) -> None:
-                response = case.call(timeout=10)
-                statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
-                more = [negative_data_rejection] if mode == GenerationMode.NEGATIVE else []
-                case.validate_response(response, checks=checks + more)
-
-            one()
-    assert statuses.get(200, 0) > 50 and statuses.get(400, 0) > 50 and not any(s >= 500 for s in statuses)
+        tried(operation.ok(), GenerationMode.POSITIVE, 25)
+        if operation.ok().body:
+            tried(operation.ok(), GenerationMode.NEGATIVE, 12)
+    paths = {operation.ok().path for operation in schema.get_all_operations()}
+    assert {path for path, status in statuses if status == 200} == paths - {"/v1/models/{id}"}
+    assert not any(status >= 500 for _, status in statuses)

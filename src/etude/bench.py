@@ -28,6 +28,15 @@ def run(cfg: dict) -> int:
         raise Refusal(
             f"rounds={cfg['rounds']} and steps={cfg['steps']} should be at least 1 and warmup_steps={cfg['warmup_steps']} at least 0"
         )
+    if cfg["what"] == "engine":
+        from etude.bench_engine import engine_rates
+
+        if cfg["compare"] is not None or cfg["against"] is not None:
+            raise Refusal("what=engine has peer= and gguf= to compare with; leave compare= and against= out")
+        show(engine_rates(cfg))
+        return 0
+    if cfg["ckpt"] is not None or cfg["gguf"] is not None:
+        raise Refusal("ckpt= and gguf= belong to the engine: type what=engine as well")
     if cfg["what"] == "prepare":
         from etude.bench_data import prepare_rates
 

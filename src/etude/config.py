@@ -128,7 +128,7 @@ class Serve:
 class Bench(Train):
     """bench.py takes all of train.py's keys and these; conf/bench.yaml says what each does."""
 
-    what: Literal["train", "decode", "all", "data", "prepare"]
+    what: Literal["train", "decode", "all", "data", "prepare", "engine"]
     steps: int
     warmup_steps: int
     rounds: int
@@ -138,6 +138,16 @@ class Bench(Train):
     compare: str | None
     compare_pattern: str | None
     compare_tokens: int | None
+    ckpt: str | None
+    dtype: Literal["fp32", "bf16"]
+    peer: Literal["transformers", "none"]
+    gguf: str | None
+    decode_batches: list[int]
+    prompt_tokens: int
+    prefix_tokens: int
+    requests: int
+    prompt_lengths: list[int]
+    new_lengths: list[int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,7 @@ class Batch:
             )
         self.positions = torch.from_numpy(positions)[None].to(device)
         self.slots = torch.from_numpy(pages * size + positions % size).to(device)
+        self._runs: dict[tuple[int, int | None], list[tuple[int, int]]] = {}
         self.bounds = [(int(f), int(f + n)) for f, n in zip(first, lengths)]
 
     @functools.cached_property
@@ -63,9 +64,11 @@ class Batch:
 
     def runs(self, chunk: int, window: int | None) -> list[tuple[int, int]]:
         """Runs of adjacent slots with the positions that a chunk looks at."""
-        c = self.chunks[chunk]
-        begin = 0 if window is None else max(0, c.start + 1 - window)
-        return self.pool.runs(c.table, begin, c.end - begin)
+        if (found := self._runs.get((chunk, window))) is None:
+            c = self.chunks[chunk]
+            begin = 0 if window is None else max(0, c.start + 1 - window)
+            found = self._runs[chunk, window] = self.pool.runs(c.table, begin, c.end - begin)
+        return found
 
     @functools.cached_property
     def groups(self) -> list[tuple[int, list[int]]]:

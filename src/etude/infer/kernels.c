@@ -335,7 +335,7 @@ INLINE void int8_block(const LinearInt8 *a, const int rows, const int panels, co
         UNROLL for (int k = 0; k < GROUP; k += 4) {
             UNROLL for (int p = 0; p < panels * PARTS; p++) {
                 const uint8_t *at = w + (p / PARTS) * groups * GROUP * 16 + (g * GROUP + k) * 16 + (p % PARTS) * VL * 4;
-                if (ahead) __builtin_prefetch(at + 4096);
+                if (ahead) __builtin_prefetch(at + panels * groups * GROUP * 16);  // in the panels that come next
                 vec b = load(at);
                 UNROLL for (int i = 0; i < rows; i++) {
                     int32_t four;
@@ -374,7 +374,7 @@ INLINE void int8_part(const LinearInt8 *a, const int bf, Quantised *x) {
             if (two && m == m0) int8_block(a, 4, 2, bf, x, m, MIN(4, end - m), p, groups, 1);
             else if (two) int8_block(a, 4, 2, bf, x, m, MIN(4, end - m), p, groups, 0);
             else if (end - m > 1) int8_block(a, 4, 1, bf, x, m, MIN(4, end - m), p, groups, 0);
-            else int8_block(a, 1, 1, bf, x, m, 1, p, groups, 1);
+            else int8_block(a, 1, 1, bf, x, m, 1, p, groups, 0);
         }
         p += 1 + two;
     }
@@ -563,7 +563,7 @@ INLINE void weigh(const int queries, const int pieces, const int bf, const float
 // One chunk for up to ROWS queries of a kv head. k and v point at the chunk's keys and values; query i sees positions
 // [from[i], to[i]) of it, at least one.
 INLINE void chunk(const Attend *a, const int queries, const int bf, const char *const *q, const char *const *k,
-                  const char *const *v, const i64 *from, const i64 *to, Result *const *out) {
+                  const char *const *v, const i64 *from, const i64 *to, int cold, Result *const *out) {
     const int cols = queries == 1 ? 8 : 4;
     const i64 size = bf ? 2 : 4, bytes = a->Dv * size;
     float p[ROWS][CHUNK] __attribute__((aligned(64)));
@@ -576,6 +576,10 @@ INLINE void chunk(const Attend *a, const int queries, const int bf, const char *
         const char *some[8];
         vec acc[16];
         UNROLL for (int i = 0; i < cols; i++) some[i] = k[MIN(MAX(j + i, first), last - 1)];
+        if (cold) for (int i = 0; i < cols; i++) {  // the values are next; pages are too short for the machine to guess
+            for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch(v[MIN(j + i, last - 1)] + at);
+            for (i64 at = 0; at < a->Dk * size; at += 64) __builtin_prefetch(k[MIN(j + i + 16, last - 1)] + at);
+        }
         dots(queries, cols, bf, q, some, a->Dk * size, 0, acc);
         UNROLL for (int i = 0; i < queries; i++) UNROLL for (int n = 0; n < cols; n += 4) {
             vec4 s = sum4(acc + i * cols + n) * (float)a->scale;
@@ -660,7 +664,7 @@ INLINE void attend_task(const Attend *a, const Task *t, const int bf, i64 h, flo
             const char *q[ROWS];
             i64 from[ROWS], to[ROWS], of[ROWS];
             Result *out[ROWS];
-            int n = 0;
+            int n = 0, cold = b == q0;
             for (; n < ROWS && b < MIN(q0 + STATES, t->n * G); b++) {
                 const i64 row = rows[b / G], head = h * G + b % G, p = a->positions[row];
                 from[n] = MAX(first_seen(a, row) - c * CHUNK, 0), to[n] = MIN(p + 1 - c * CHUNK, CHUNK);
@@ -673,11 +677,11 @@ INLINE void attend_task(const Attend *a, const Task *t, const int bf, i64 h, flo
                 n++;
             }
             switch (n) {
-            case 1: chunk(a, 1, bf, q, k, v, from, to, out); break;
-            case 2: chunk(a, 2, bf, q, k, v, from, to, out); break;
+            case 1: chunk(a, 1, bf, q, k, v, from, to, cold, out); break;
+            case 2: chunk(a, 2, bf, q, k, v, from, to, cold, out); break;
 #if ROWS == 4
-            case 3: chunk(a, 3, bf, q, k, v, from, to, out); break;
-            case 4: chunk(a, 4, bf, q, k, v, from, to, out); break;
+            case 3: chunk(a, 3, bf, q, k, v, from, to, cold, out); break;
+            case 4: chunk(a, 4, bf, q, k, v, from, to, cold, out); break;
 #endif
             }
             for (int i = 0; i < n; i++) {

@@ -274,7 +274,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     M, D = x.shape
     assert weight.shape[0] == D and x.is_contiguous() and weight.is_contiguous()
     y = torch.empty_like(x)
-    threads = _threads() if M * D > 1 << 17 else 1
+    threads = _threads() if M * D > 1 << 15 else 1
     _function("rms_norm")(
         _NORM.pack(x.data_ptr(), weight.data_ptr(), y.data_ptr(), _BF[x.dtype], _BF[weight.dtype], M, D, threads, eps)
     )
@@ -289,7 +289,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
     assert (one == 1 or D == 1) and cos.shape[0] == M and sin.shape == cos.shape and turned <= D and turned % 2 == 0
     assert cos.is_contiguous() and sin.is_contiguous() and cos.dtype == sin.dtype == torch.float32
     y = torch.empty((M, H, D), dtype=x.dtype)
-    threads = _threads() if M * H * D > 1 << 17 else 1
+    threads = _threads() if M * H * D > 1 << 15 else 1
     _function("rope")(
         _ROPE.pack(
             x.data_ptr(),
@@ -315,7 +315,7 @@ def glu(h: Tensor, activation: str) -> Tensor:
     M, H = h.shape[0], h.shape[1] // 2
     assert h.is_contiguous() and h.shape[1] == 2 * H
     y = torch.empty((M, H), dtype=h.dtype)
-    threads = _threads() if M * H > 1 << 16 else 1
+    threads = _threads() if M * H > 1 << 13 else 1
     _function("glu")(_GATE.pack(h.data_ptr(), y.data_ptr(), _BF[h.dtype], M, H, GATES[activation], threads))
     return y
 

@@ -241,6 +241,11 @@ class PagePool:
 
     # ------------------------------------------------------------ questions
 
+    @property
+    def room(self) -> int:
+        """Pages that are free or could be."""
+        return self._n_free + len(self._lru)
+
     def fits(self, length: int) -> bool:
         """Whether a sequence of that length can ever have its pages."""
         return length <= self.n_pages * self.page_size
@@ -316,7 +321,7 @@ class PagePool:
         while need:
             start = table.pages[-1] + 1 if table.pages else self.n_pages
             ahead = self._space[start : start + room]
-            taken = ((ahead != 0) & (ahead != table._number)).nonzero()[0]
+            taken = (ahead < 0).nonzero()[0]  # what others were promised lies behind pages that they have
             length = int(taken[0]) if len(taken) else len(ahead)
             if not length:
                 start, length = self._gap(need, room)

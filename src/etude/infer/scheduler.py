@@ -51,6 +51,7 @@ class Scheduler:
         self.waiting: list[Sample] = []
         self.running: list[Sample] = []
         self.preemptions = 0
+        self._short: tuple[Sample | None, int] = (None, 0)  # who found too few pages, and how many there were
 
     def add(self, sample: Sample) -> None:
         bisect.insort(self.waiting, sample, key=lambda s: s.order)
@@ -105,14 +106,16 @@ class Scheduler:
 
     def _admit(self, s: Sample, budget: int, step: Step) -> int | None:
         """Schedule the beginning of a waiting sample; -> its tokens in this step, None where pages are short."""
+        if self._short[0] is s and self.pool.room <= self._short[1] and self.running:
+            return None  # nothing has changed since it was tried
         table, copy = self.pool.open([] if s.request.prompt_logprobs else s.ids)
         n = min(len(s.ids) - table.tokens, budget)
         if not self.pool.grow(table, len(s.ids), hint=len(s.request.prompt) + s.request.max_tokens):
             if copy is not None:
                 self.pool.copied(copy)
-            self.pool.release(
-                table, s.ids, min(table.tokens, table.tokens // self.pool.page_size * self.pool.page_size)
-            )
+            whole = table.tokens // self.pool.page_size * self.pool.page_size
+            self.pool.release(table, s.ids, whole)
+            self._short = s, self.pool.room
             return None
         s.table, s.computed = table, table.tokens
         if copy is not None:

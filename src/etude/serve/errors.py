@@ -75,11 +75,11 @@ def from_engine(error: EtudeError, param: str | None = None) -> ApiError:
 
 def from_validation(error: ValidationError, body: bytes) -> ApiError:
     """The error that lies deepest: of a value that may be of several kinds, the one that was meant."""
-    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    errors = error.errors(include_url=False, include_input=False)
     if errors[0]["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {errors[0]['msg'].removeprefix('Invalid JSON: ')}")
     data = json.loads(body)
-    paths = [list(_path(e["loc"], e["type"], data)) for e in errors]
+    paths = [list(_path(e["loc"], _absent(e), data)) for e in errors]
     at = max(range(len(errors)), key=lambda i: (len(paths[i]), -i))
     found, name = errors[at], _written(paths[at])
     if found["type"] == "extra_forbidden":
@@ -91,16 +91,21 @@ def from_validation(error: ValidationError, body: bytes) -> ApiError:
     return ApiError(400, f"Invalid value for '{name}': {found['msg']}", name)
 
 
-def _path(loc: tuple[int | str, ...], kind: str, data: Any) -> Iterator[int | str]:
+def _absent(error: Any) -> str | None:
+    """The field that is missing, or by which kinds are told apart."""
+    if error["type"] == "missing":
+        return str(error["loc"][-1])
+    return error["ctx"]["discriminator"].strip("'") if error["type"].startswith("union_tag") else None
+
+
+def _path(loc: tuple[int | str, ...], absent: str | None, data: Any) -> Iterator[int | str]:
     """The parts of `loc` that lead into the body; pydantic puts the names of the kinds that it tried between them."""
     for part in loc:
         if isinstance(data, dict) and part in data or isinstance(data, list) and isinstance(part, int):
             data = data[part]  # type: ignore[index]
             yield part
-    if kind == "missing":
-        yield loc[-1]
-    if kind.startswith("union_tag") and isinstance(data, dict):
-        yield "role" if "role" in data else "type"
+    if absent is not None:
+        yield absent
 
 
 def _written(path: list[int | str]) -> str:
