@@ -19,7 +19,12 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["ETUDE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    base = tmp_path_factory.getbasetemp()
+    kernels = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    kernels.mkdir(exist_ok=True)  # compiled once for all workers
+    (cache / "kernels").symlink_to(kernels)
+    os.environ["ETUDE_CACHE"] = str(cache)
 
 
 def varied_text(length: int, seed: int = 0) -> str:

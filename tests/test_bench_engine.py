@@ -3,17 +3,20 @@ is refused in one line."""
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from running import ROOT, environment
+from hydra import compose, initialize_config_dir
 from test_model import made
 
+from etude import bench
+from etude import config as conf
 from etude.bench_engine import Job, cache_bytes, ours, weight_bytes
+from etude.errors import Refusal
 from etude.infer import kernels
 from etude.infer.engine import InferenceEngine, Settings
 from etude.text import tokenizer as tok
@@ -23,9 +26,10 @@ QUICK = """threads=1 dtype=fp32 rounds=1 decode_tokens=40 decode_batches=[3] req
     prefix_tokens=64 prompt_tokens=32""".split()
 
 
-def bench(*overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "bench.py", "what=engine", *QUICK, *overrides]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+def run(*overrides: str) -> None:
+    with initialize_config_dir(str(conf.CONF), version_base="1.3"):
+        cfg = compose("bench", overrides=["what=engine", "parallel.device=cpu", *QUICK, *overrides])
+    assert bench.run(conf.check(cfg, "bench")) == 0
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +45,10 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return write
 
 
-def test_transformers_takes_turns(export: Callable[..., Path]) -> None:
+def test_transformers_takes_turns(export: Callable[..., Path], capsys: Any) -> None:
     """Both sides make the same tokens in fp32, every rate is one of something, and its ratio that of the two rates."""
-    done = bench(f"ckpt={export('dense')}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    run(f"ckpt={export('dense')}")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["same_tokens_as_transformers"] == 40
     for measure, who in [
         *((m, "transformers") for m in ("decode", "prompt", "batch_3")),
@@ -64,11 +67,10 @@ def test_transformers_takes_turns(export: Callable[..., Path]) -> None:
 
 
 @NATIVE
-def test_alone_with_settings_of_the_engine(export: Callable[..., Path]) -> None:
+def test_alone_with_settings_of_the_engine(export: Callable[..., Path], capsys: Any) -> None:
     """Without a peer there is no ratio, and engine.* reaches the engine."""
-    done = bench(f"ckpt={export('moe')}", "peer=none", "engine.quant=int8", "dtype=bf16")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    run(f"ckpt={export('moe')}", "peer=none", "engine.quant=int8", "dtype=bf16")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["quant"] == "int8" and found["dtype"] == "bf16" and found["decode_tokens_per_s"] > 0
     assert not [name for name in found if "_ratio_to_" in name or "transformers" in name]
 
@@ -83,7 +85,7 @@ def test_what_is_counted() -> None:
     assert 0 < done.later <= 7  # the short prompt's first tokens may come before the long one's
     before = engine.stats()["computed_tokens"]
     assert ours(engine, [job.prompts[0] + [3]], [1], forget=False).later == 0
-    assert engine.stats()["computed_tokens"] - before == 2  # two pages of four were there
+    assert engine.stats()["computed_tokens"] - before == 1
     before = engine.stats()["computed_tokens"]
     ours(engine, [job.prompts[0] + [3]], [1])
     assert engine.stats()["computed_tokens"] - before == 10
@@ -110,24 +112,38 @@ def test_int8_bytes_are_those_of_the_kernels() -> None:
     assert weight_bytes(engine) == small + rest
 
 
-def test_bad_input_is_one_line(export: Callable[..., Path], tmp_path: Path) -> None:
-    """Each with what to type instead, and before anything long begins."""
-    tiny, fake = export("dense"), tmp_path / "x.gguf"
-    fake.write_bytes(b"GGUF")
-    hide = "import sys; sys.modules['llama_cpp'] = None\n"
-    for overrides, said in (
-        (["peer=none"], "type ckpt="),
-        ([f"ckpt={tmp_path / 'gone'}"], "gone"),
-        ([f"ckpt={tiny}", f"gguf={tmp_path / 'gone.gguf'}"], "gguf="),
-        ([f"ckpt={tiny}", "peer=none", "prefix_tokens=900"], "prefix_tokens=900"),
-        ([f"ckpt={tiny}", "peer=none", "decode_batches=[0]"], "decode_batches=[0]"),
-        ([f"ckpt={tiny}", "peer=none", "prompt_lengths=[3]"], "prompt_lengths=[3]"),
-        ([f"ckpt={export('dense', 'model.norm_at=post')}"], "peer=none"),
-        ([f"ckpt={tiny}", "what=train"], "what=engine"),
-        ([f"ckpt={tiny}", "compare=true"], "compare="),
-    ):
-        done = bench(*overrides)
-        assert done.returncode == 2, (overrides, done.stdout + done.stderr)
-        lines = done.stderr.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0], (overrides, lines)
-    assert hide
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("peer=none", "type ckpt="),
+        ("ckpt=gone", "gone"),
+        ("ckpt=TINY gguf=gone.gguf", "gguf=gone.gguf is no file"),
+        ("ckpt=TINY peer=none prefix_tokens=900", "type a smaller prefix_tokens"),
+        ("ckpt=TINY peer=none prompt_lengths=[100,126]", "type a smaller prompt_lengths"),
+        ("ckpt=TINY peer=none decode_batches=[0]", "decode_batches=[0]"),
+        ("ckpt=TINY peer=none decode_batches=[8] engine.max_running=4", "engine.max_running=4"),
+        ("ckpt=TINY peer=none requests=300", "engine.max_waiting=300"),
+        ("ckpt=TINY peer=none prompt_lengths=[3]", "prompt_lengths=[3]"),
+        ("ckpt=POST", "type peer=none"),
+        ("ckpt=TINY what=train", "what=engine"),
+        ("ckpt=TINY compare=true", "compare="),
+        ("ckpt=TINY parallel=ddp parallel.device=cpu parallel.nproc=2", "parallel=single"),
+    ],
+)
+def test_bad_input_is_one_line(overrides: str, said: str, export: Callable[..., Path]) -> None:
+    """Each with what to type instead, before anything long begins."""
+    if "POST" in overrides:
+        overrides = overrides.replace("POST", str(export("dense", "model.norm_at=post")))
+    with pytest.raises(Refusal) as error:
+        run(*overrides.replace("TINY", str(export("dense"))).split())
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("package", ["transformers", "llama_cpp"])
+def test_a_missing_peer_is_named_with_its_install_command(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(Refusal, match="pip install"):
+        run(f"ckpt={tmp_path}", f"gguf={tmp_path / 'x.gguf'}")

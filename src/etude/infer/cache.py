@@ -90,6 +90,28 @@ class Batch:
                 found += [(0, [i]) for i in members]
         return found
 
+    @functools.cached_property
+    def paged(self) -> "Paged":
+        width = max(len(c.table.pages) for c in self.chunks)
+        tables = torch.zeros(len(self.chunks), width, dtype=torch.int32)
+        for row, c in zip(tables, self.chunks):
+            row[: len(c.table.pages)] = torch.tensor(c.table.pages, dtype=torch.int32).clamp_min(0)
+        ends = torch.tensor([c.end for c in self.chunks], dtype=torch.int32)
+        bounds = torch.tensor([0, *(b for _, b in self.bounds)], dtype=torch.int32)
+        longest = max(c.length for c in self.chunks), max(c.end for c in self.chunks)
+        return Paged(tables.to(self.device), ends.to(self.device), bounds.to(self.device), *longest)
+
+
+class Paged(NamedTuple):
+    """Chunks as a paged kernel wants them: page numbers (C, P), ends (C,) and bounds (C + 1,) of the chunks' rows, all
+    int32, the longest chunk and sequence."""
+
+    tables: Tensor
+    ends: Tensor
+    bounds: Tensor
+    longest_chunk: int
+    longest: int
+
 
 class PagedCache:
     """Keys and values (S, H_kv, D) of each layer, in the model's dtype. `shapes` gives each layer's (key heads, key channels,
@@ -254,13 +276,70 @@ def gather(
     return y
 
 
-BACKENDS: dict[str, Callable[..., Any]] = {"native": native, "views": views, "gather": gather}
+def varlen(
+    layer: _Layer, q: Tensor, k: Tensor, v: Tensor | None, scale: float, window: int | None, batch: Any
+) -> Tensor:
+    """torch's paged flash kernel (CUDA, half precision): one call for all chunks, in static shapes, without a copy."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    keys, values = (t.unflatten(0, (-1, layer.owner.page_size)) for t in layer.store(k, v, batch.slots))
+    p: Paged = batch.paged
+    y = varlen_attn(
+        q,
+        keys,
+        values,
+        p.bounds,
+        None,
+        p.longest_chunk,
+        p.longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+        seqused_k=p.ends,
+        block_table=p.tables,
+    )
+    assert isinstance(y, Tensor)
+    return y
 
 
-def choose_backend(asked: str, device: torch.device) -> str:
-    """The way that `asked` names; auto: the fastest that there is."""
+def varlen_works(shapes: list[tuple[int, int, int]], page_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel takes these shapes here and agrees with `gather` on random numbers: what it takes differs between
+    GPUs and between versions of torch."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or any(dk != dv for _, dk, dv in shapes):
+        return False
+    pool = PagePool(4, page_size)
+    table, _ = pool.open([])
+    pool.grow(table, 3 * page_size)
+    made = torch.Generator(device).manual_seed(0)
+    for heads, width, _ in set(shapes):
+        found = []
+        for backend in ("varlen", "gather"):
+            cache = PagedCache([(heads, width, width)], pool, dtype, device, backend)
+            made.manual_seed(0)
+            for start, length in ((0, 2 * page_size + 1), (2 * page_size + 1, 1)):
+                cache.batch = Batch([Chunk(table, start, length)], pool, device)
+                q, k, v = (
+                    torch.randn(1, h, length, width, generator=made, device=device, dtype=dtype)
+                    for h in (2 * heads, heads, heads)
+                )
+                try:
+                    found.append(cache[0].attend(q, k, v, width**-0.5))
+                except (RuntimeError, TypeError, ImportError):
+                    return False
+        if not all(torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in zip(found[:2], found[2:])):
+            return False
+    return True
+
+
+BACKENDS: dict[str, Callable[..., Any]] = {"native": native, "views": views, "gather": gather, "varlen": varlen}
+
+
+def choose_backend(
+    asked: str, shapes: list[tuple[int, int, int]], page_size: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """The way that `asked` names; auto: the fastest that works here."""
     if asked != "auto":
         return asked
     if device.type == "cpu":
         return "native" if kernels.available() else "views"
-    return "gather"
+    return "varlen" if shapes and varlen_works(shapes, page_size, dtype, device) else "gather"

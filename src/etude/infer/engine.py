@@ -41,7 +41,7 @@ class Settings:
     max_running: int = 64
     max_waiting: int = 256
     prefix_cache: bool = True
-    attention: Literal["auto", "native", "views", "gather"] = "auto"
+    attention: Literal["auto", "native", "views", "gather", "varlen"] = "auto"
     deterministic: bool = False
     quant: Literal["int8"] | None = None
 
@@ -77,15 +77,15 @@ class InferenceEngine:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings or Settings()
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, dtype or parameter.dtype
-        self.backend = choose_backend(self.settings.attention, self.device)
-        self.native = self.device.type == "cpu" and self.backend == "native"
-        self._check_settings()
         self.limit: int | None = model.position_limit
         self.context, self.crops = context or self.limit, context is None
         self.vocab_size: int = model.vocab_size
         self.cached = all(hasattr(a, "cache_shape") for a in model.attentions())
         shapes = [a.cache_shape() for a in model.attentions()] if self.cached else []
         size = self.settings.page_size
+        self.backend = choose_backend(self.settings.attention, shapes, size, self.dtype, self.device)
+        self.native = self.device.type == "cpu" and self.backend == "native"
+        self._check_settings()
         each = max(1, PagedCache.bytes_per_token(shapes, self.dtype) * size)
         n_pages = max(1, self.settings.cache_mb * 2**20 // each)
         if self.context is not None:  # more than all that may run at once is never used

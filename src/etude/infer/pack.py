@@ -26,7 +26,7 @@ def pack(model: nn.Module, dtype: torch.dtype, quant: Literal["int8"] | None, na
     """The model to compute tokens with in `dtype`, in evaluation mode. `native`: with our kernels; `quant`: linear layers
     but routers in 8 bits. What is neither cast, joined nor quantised stays the model's own storage: call it again when
     the model has changed."""
-    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    twin: Any = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     _cast(twin, dtype)
     product = functools.partial(_product, quant=quant, native=native)
     turns: dict[tuple[Rope, int], Turns] = {}
@@ -58,7 +58,7 @@ def pack(model: nn.Module, dtype: torch.dtype, quant: Literal["int8"] | None, na
         if native and isinstance(module, MLA):
             absorb, expand = _absorbed(module)
             _own(module, absorb=absorb, expand=expand)
-    if native and getattr(twin, "logit_cap", None) is not None:
+    if native and twin.logit_cap is not None:
         tanh, cap = steady(torch.tanh), twin.logit_cap
         _own(twin, logits=lambda x: cap * tanh(twin.head(x).float() / cap))
     routers = {id(m.router) for m in twin.modules() if isinstance(m, MoE)}

@@ -1,14 +1,12 @@
 """The process that serves: it listens while the model loads, and when it is told to end, it lets requests finish."""
 
 import asyncio
-import contextlib
 import os
 import socket
-import sys
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -62,6 +60,7 @@ class Process(uvicorn.Server):
         super().__init__(config)
         self.server, self.drain_seconds = server, drain_seconds
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.signalled = False
         self.ending: asyncio.Task[None] | None = None
         self.failed: BaseException | None = None  # what loading raised
 
@@ -70,10 +69,10 @@ class Process(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.server.draining or self.loop is None:
-            self.should_exit = self.force_exit = True
-        else:
-            self.loop.call_soon_threadsafe(self.end)
+        if self.signalled or self.loop is None:
+            leave()
+        self.signalled = True
+        self.loop.call_soon_threadsafe(self.end)
 
     def end(self) -> None:
         """Begin to drain. To be called in the event loop."""
@@ -98,15 +97,18 @@ def listen(cfg: dict, name: str, keys: list[str], template: str | None, listener
     server = Server(name, keys, **limits)
     process = Process(server, cfg["drain_seconds"])
     threading.Thread(target=_load, args=(cfg, template, process, listener), name="etude-load", daemon=True).start()
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(process.serve(sockets=[listener]))
+    asyncio.run(process.serve(sockets=[listener]))
     if process.failed is not None:
         raise process.failed
-    if server.engine is None:  # still loading, in a thread that cannot be ended
-        sys.stdout.flush()
-        os._exit(0)
-    server.engine.shutdown(0.5 if process.force_exit else 5.0)
+    if server.engine is None:  # still loading
+        leave()
+    server.engine.shutdown(5.0)
     return 0
+
+
+def leave() -> NoReturn:
+    """End the process now, without waiting for threads that nobody can end."""
+    os._exit(0)
 
 
 def _load(cfg: dict, template: str | None, process: Process, listener: socket.socket) -> None:
