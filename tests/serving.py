@@ -53,7 +53,7 @@ class Fake:
         self.say = say if callable(say) else lambda request, choice: say
         self.tokenizer = tokenizer(tools)
         self.vocab_size, self.context = self.tokenizer.vocab_size, CONTEXT
-        self.settings = SimpleNamespace(page_size=16)
+        self.settings = SimpleNamespace(page_size=16, max_waiting=100)
         self.delay = 0.0  # seconds a token
         self.max_waiting = 1000
         self.at: dict[int, Callable[[], Any]] = {}  # before token number k: raises, or returns an error's text

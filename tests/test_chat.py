@@ -804,3 +804,45 @@ def test_a_template_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(20):
         chat.spans(tokenizer, turns(f"q{i}", f"a{i}"), last_only=False)
     assert compiled == [False]
+
+
+# As Qwen2.5's: tools and calls as JSON, results in the user's turn.
+CALLING = """{% if tools %}{{ '<|im▁start|>system\\n<tools>' }}{% for t in tools %}{{ '\\n' + (t | tojson) }}{% endfor %}{{ '\\n</tools><|im▁end|>\\n' }}{% endif %}
+{%- for m in messages %}{{ '<|im▁start|>' + ('user' if m.role == 'tool' else m.role) + '\\n' }}
+{%- if m.role == 'tool' %}{{ '<tool_response>\\n' + m.content + '\\n</tool_response>' }}{% else %}{{ m.content }}{% endif %}
+{%- for c in m.tool_calls or [] %}{% set f = c.function %}{{ '<tool_call>\\n{"name": "' + f.name + '", "arguments": ' + (f.arguments | tojson) + '}\\n</tool_call>' }}{% endfor %}
+{{- '<|im▁end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im▁start|>assistant\\n' }}{% endif %}"""
+TOOL = {"type": "function", "function": {"name": "weather", "description": "the weather — <now>", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
+CALLED = [
+    {"role": "user", "content": "Is it warm in Århus?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Århus"}}}]},
+    {"role": "tool", "tool_call_id": "1", "content": "12 °C"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("messages", [CALLED[:1], CALLED], ids=["asked", "called"])
+def test_tools_are_rendered_as_transformers_does(tmp_path: Path, messages: list[dict]) -> None:
+    """Descriptions, calls and results, in the template's own form."""
+    import transformers
+
+    tokenizer = with_template(CALLING)
+    theirs = transformers.AutoTokenizer.from_pretrained(written(tokenizer, tmp_path / "t"))
+    for tools in (None, [TOOL]):
+        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        assert chat.render(tokenizer, messages, tools=tools) == expected
+    assert "the weather — <now>" in expected and ("12 °C" in expected) == (len(messages) == 3)
+
+
+def test_a_template_without_a_place_for_tools() -> None:
+    """Tools that would be left out of the prompt are refused, not ignored; a template is not asked for what it mentions in
+    another sense."""
+    for template in (chat.CHATML, "{% for m in messages %}{{ m.tools }}{% endfor %}"):
+        tokenizer = with_template(template)
+        assert not chat.takes_tools(tokenizer)
+        for messages, tools in ((CALLED[:1], [TOOL]), (CALLED[:2], None), (CALLED[2:], None)):
+            with pytest.raises(Refusal, match="no place for tools: leave out tools"):
+                chat.render(tokenizer, messages, tools=tools)
+        chat.render(tokenizer, CALLED[:1], tools=[])
+    assert chat.takes_tools(with_template(CALLING))
+    with pytest.raises(Refusal, match="the chat template refuses"):  # a template that is none says so itself
+        chat.render(with_template("{% if tools"), CALLED[:1])

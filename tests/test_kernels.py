@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # of the largest number; a bf16 is rounded by 2^-9 of itself
 # The portable code is what a lesser machine runs, whatever vectors its compiler makes of it.
-VARIANTS = {"native": None, "plain": ["-O1", "-fopenmp"]}
+VARIANTS = {"native": None, "plain": ["-O1"]}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def variant(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.Mo
         assert kernels.available(), kernels.why_not()
         return request.param
     if not path.exists():
-        assert kernels._compile(kernels._compiler() or [], flags, kernels._openmp(), path) == ""
+        assert kernels._compile(kernels._compiler() or [], flags, path) == ""
     library = kernels._open(path)
     monkeypatch.setattr(kernels, "_function", lambda name: getattr(library, name))
     return request.param
@@ -366,7 +366,7 @@ def test_a_library_that_fails_its_test_is_not_used(monkeypatch: pytest.MonkeyPat
     broken = source.replace("to.start[g] = -128", "if (TRAP) __builtin_trap(); to.start[g] = OFFSET")
     (tmp_path / "kernels.c").write_text(broken)
     monkeypatch.setattr(kernels, "SOURCE", tmp_path / "kernels.c")
-    fast = ["-march=native", "-O1"]
+    fast = ["-O1"]
     attempts = [["-DTRAP=1", "-DOFFSET=-128"], ["-DTRAP=0", "-DOFFSET=-129"], ["-DTRAP=0", "-DOFFSET=-128"]]
     seen, test = [], kernels._test
     monkeypatch.setattr(kernels, "_attempts", lambda features: [fast + a for a in attempts])

@@ -29,13 +29,14 @@ from etude.model.moe import MoE
 from etude.model.weights import DTYPES
 from etude.parallel import StopSignals
 
+TEXT = "Once upon a time there was a little ship that sailed from one island to the next. Every morning its captain"
 SHORT = 16  # tokens of the prompts before tokens are counted one by one
 AGREE = 32  # tokens that must be the same in fp32
 READ = 100_000_000  # numbers of 4 bytes, far more than any cache of a processor holds
 # Ways of transformers to do many requests: generate_batch with so many tokens a step and requests at once, and `generate` of
 # so many requests of about one length, padded. Which is fastest depends on the machine: each is tried once.
-PAGED = ((512, 8), (512, 32))
-PADDED = (4, 16)
+PAGED = ((512, 4), (512, 8), (512, 16))
+PADDED = (4, 8, 16)
 PAGE = 64  # positions of a page of generate_batch; its own choice of their number would fill the machine's memory
 
 
@@ -138,16 +139,21 @@ def _check_lengths(cfg: dict, engine: InferenceEngine) -> None:
         raise Refusal(f"{most} requests at once need engine.max_waiting={most}")
 
 
-def _work(cfg: dict, vocab_size: int) -> Work:
-    """Random tokens: no text has a beginning in common with another but the pair's."""
+def _work(cfg: dict, engine: InferenceEngine) -> Work:
+    """Random tokens, so that nothing but the pair has a beginning in common; the one sample goes on with a text where the
+    tokenizer can encode one, since how many tokens are the same says little behind random ones."""
     rng = random.Random(cfg["seed"])
-    ids = lambda n: [rng.randrange(vocab_size) for _ in range(n)]  # noqa: E731
+    ids = lambda n: [rng.randrange(engine.vocab_size) for _ in range(n)]  # noqa: E731
+    try:
+        text = engine.tokenizer.encode(TEXT)
+    except Refusal:
+        text = []
     new, n, (low, high) = cfg["decode_tokens"], cfg["requests"], cfg["prompt_lengths"]
     lengths = [low + (high - low) * i // (n - 1) for i in range(n)]
     rng.shuffle(lengths)
     prefix = ids(cfg["prefix_tokens"])
     return Work(
-        one=Job([ids(SHORT)], [new]),
+        one=Job([(text + ids(SHORT))[:SHORT]], [new]),
         together={b: Job([ids(SHORT) for _ in range(b)], [new] * b) for b in cfg["decode_batches"]},
         long=Job([ids(cfg["prompt_tokens"])], [1]),
         many=Job([ids(length) for length in lengths], [rng.randint(*cfg["new_lengths"]) for _ in lengths]),
@@ -156,11 +162,16 @@ def _work(cfg: dict, vocab_size: int) -> Work:
 
 
 def _measure(cfg: dict, engine: InferenceEngine, peers: dict[str, Any]) -> dict[str, Any]:
-    work = _work(cfg, engine.vocab_size)
+    work = _work(cfg, engine)
     sides: dict[str, Make] = {"": functools.partial(ours, engine)} | {name: p.make for name, p in peers.items()}
-    for make in sides.values():  # first calls compile and allocate
-        make(work.one.prompts, [2])
+    texts = {}
+    for who, make in sides.items():  # first calls compile and allocate
+        texts[who] = make(*work.one).ids[0]
         make(*work.long)
+    same = {who: _common(texts[""], text) for who, text in texts.items() if who}
+    exact = cfg["dtype"] == "fp32" and engine.settings.quant is None
+    if exact and same.get("transformers", AGREE) < min(AGREE, cfg["decode_tokens"]):
+        raise EtudeError(f"transformers' token {same['transformers'] + 1} is another: not the same is computed")
     ours(engine, *work.many)
     ways = peers["transformers"].ways() if "transformers" in peers else {}
     tried = {kind: {name: way(work.many) for name, way in found.items()} for kind, found in ways.items()}
@@ -171,8 +182,7 @@ def _measure(cfg: dict, engine: InferenceEngine, peers: dict[str, Any]) -> dict[
     read: list[float] = []
     for _ in range(cfg["rounds"]):
         read.append(read_rate(engine.device))
-        found, texts = _round(work, sides, {kind: ways[kind][name] for kind, name in best.items()})
-        rates.append(found)
+        rates.append(_round(work, sides, {kind: ways[kind][name] for kind, name in best.items()}))
         firsts.append(prefix_seconds(engine, *work.pair))
 
     median = {key: statistics.median(r[key] for r in rates) for key in rates[0]}
@@ -190,8 +200,7 @@ def _measure(cfg: dict, engine: InferenceEngine, peers: dict[str, Any]) -> dict[
         if who:
             ratio = statistics.median(r[measure, ""] / r[measure, who] for r in rates)
             result[f"{measure}_ratio_to_{who}"] = ratio
-    for name in peers:
-        result[f"same_tokens_as_{name}"] = _common(texts[""], texts[name])
+    result |= {f"same_tokens_as_{name}": n for name, n in same.items()}
     for kind, seconds in tried.items():
         result[f"{kind}_best_of"] = {name: round(work.many.tokens / s, 1) for name, s in seconds.items()}
     weights, cache = weight_bytes(engine), cache_bytes(engine, SHORT + cfg["decode_tokens"] / 2)
@@ -200,20 +209,12 @@ def _measure(cfg: dict, engine: InferenceEngine, peers: dict[str, Any]) -> dict[
     result["bandwidth_share"] = (weights + cache) * median["decode", ""] / (max(read) * 1e9)
     result["first_request_ms"], result["second_request_ms"] = (statistics.median(t) * 1e3 for t in zip(*firsts))
     result["prefix_ratio"] = statistics.median(a / b for a, b in firsts)
-    if cfg["dtype"] == "fp32" and engine.settings.quant is None and "transformers" in peers:
-        same = result["same_tokens_as_transformers"]
-        if same < min(AGREE, cfg["decode_tokens"]):
-            raise EtudeError(f"transformers' token {same + 1} is another than ours: not the same was computed")
     return result
 
 
-def _round(work: Work, sides: dict[str, Make], ways: dict[str, Way]) -> tuple[Rates, dict[str, list[int]]]:
-    """Everything once, side by side; -> rates, and the tokens that each side made of the one prompt."""
-    rates: Rates = {}
-    texts = {}
-    for who, make in sides.items():
-        made = make(*work.one)
-        rates["decode", who], texts[who] = made.rate, made.ids[0]
+def _round(work: Work, sides: dict[str, Make], ways: dict[str, Way]) -> Rates:
+    """Everything but the pair once, side by side."""
+    rates: Rates = {("decode", who): make(*work.one).rate for who, make in sides.items()}
     for who, make in sides.items():
         rates["prompt", who] = len(work.long.prompts[0]) / make(*work.long).first
     for b, job in work.together.items():
@@ -222,7 +223,7 @@ def _round(work: Work, sides: dict[str, Make], ways: dict[str, Way]) -> tuple[Ra
     rates["requests", ""] = work.many.tokens / sides[""](*work.many).seconds
     for kind, way in ways.items():
         rates["requests", kind] = work.many.tokens / way(work.many)
-    return rates, texts
+    return rates
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

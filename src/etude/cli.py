@@ -20,6 +20,7 @@ TEXT_KEYS = (
     "regex",
     "json_schema",
     "ckpt",
+    "gguf",
     "file",
     "out",
     "from",

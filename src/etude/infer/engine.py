@@ -25,6 +25,7 @@ from etude.infer.pages import PagePool
 from etude.infer.request import Completion, EngineDead, Piece, QueueFull, Request
 from etude.infer.sampling import Chooser, Token, choose, score
 from etude.infer.scheduler import Sample, Scheduler
+from etude.infer.tape import Tapes
 from etude.infer.text import Said
 from etude.text.tokenizer import Tokenizer
 
@@ -128,6 +129,7 @@ class InferenceEngine:
     def _pack(self) -> None:
         with torch.inference_mode():
             self.twin = pack(self.model, self.dtype, self.settings.quant, self.native)
+        self.tapes = Tapes(self.twin, self.cache) if self.native and self.cached else None
 
     @torch.no_grad()
     def score(self, tokens: Tensor | list[int], doc_ids: Tensor | None = None) -> Tensor:
@@ -209,6 +211,10 @@ class InferenceEngine:
 
     @torch.inference_mode()
     def _step(self) -> list[Piece]:
+        with kernels.alone() if self.native else contextlib.nullcontext():
+            return self._compute()
+
+    def _compute(self) -> list[Piece]:
         now = time.monotonic()
         late = [s for s in (*self.scheduler.waiting, *self.scheduler.running) if s.deadline and s.deadline < now]
         pieces = [self._end(s, "timeout") for s in late]
@@ -247,8 +253,10 @@ class InferenceEngine:
         """States (N, D) of all tokens of the chunks."""
         ids = [i for s, c in chunks for i in s.ids[c.start : c.end]]
         self.cache.batch = batch = Batch([c for _, c in chunks], self.pool, self.device)
-        x, _ = self.twin.hidden(torch.tensor([ids], device=self.device), batch.positions, None, self.cache)
-        return x[0]
+        tokens = torch.tensor([ids], device=self.device)
+        if self.tapes is not None:
+            return self.tapes.through(self.twin.embedded(tokens, batch.positions), batch)[0]
+        return self.twin.hidden(tokens, batch.positions, None, self.cache)[0][0]
 
     def _whole(self, samples: list[Sample]) -> Tensor:
         """States (B, D) at the ends of whole contexts, or of their last `limit` tokens. Shorter rows are filled up on the

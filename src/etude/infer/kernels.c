@@ -15,12 +15,8 @@
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-static int omp_get_num_threads(void) { return 1; }
-#endif
+#include <pthread.h>
+#include <sched.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -165,12 +161,99 @@ INLINE vec exp_(vec x) {
     return pick(gone, splat(0), pick(beyond, splat(INFINITY), y));
 }
 
-// This thread's part [from, to) of n things in blocks.
-INLINE void share(i64 n, i64 block, i64 *from, i64 *to) {
-    i64 blocks = (n + block - 1) / block, threads = omp_get_num_threads(), me = omp_get_thread_num();
-    *from = MIN(blocks * me / threads * block, n);
-    *to = MIN(blocks * (me + 1) / threads * block, n);
+// The part [from, to) of n things in blocks that is piece number `piece` of `pieces`.
+INLINE void share(i64 n, i64 block, i64 piece, i64 pieces, i64 *from, i64 *to) {
+    i64 blocks = (n + block - 1) / block;
+    *from = MIN(blocks * piece / pieces * block, n);
+    *to = MIN(blocks * (piece + 1) / pieces * block, n);
 }
+
+// ---------------------------------------------------------------------------------------------- threads
+
+// Work is cut into pieces that are taken one after another by whoever comes first. The caller takes pieces too and waits only
+// for those that others hold, not for the others: on a machine with busy neighbours a thread that does not get its core
+// costs nothing, where at OpenMP's barriers all would wait for it, a hundred times a token.
+//
+// The ticket is (job << 40 | pieces << 20 | next piece): what a thread takes belongs to the job that it was taken from, and the
+// job's description stays until all its pieces are done. There is one caller at a time: Python's lock is held.
+#define MOST 64
+#define TICKET(t, shift) ((i64)((t) >> (shift)) & 0xfffff)
+typedef void (*Part)(const void *job, i64 piece, i64 pieces, i64 who);
+static uint64_t ticket, done;
+static struct { Part part; const void *job; } job;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t more = PTHREAD_COND_INITIALIZER;
+static i64 started, asleep;
+
+static int take(i64 who) {  // one piece; -> whether there was one
+    uint64_t t = __atomic_load_n(&ticket, __ATOMIC_ACQUIRE);
+    if (TICKET(t, 0) >= TICKET(t, 20)) return 0;
+    t = __atomic_fetch_add(&ticket, 1, __ATOMIC_ACQ_REL);
+    if (TICKET(t, 0) >= TICKET(t, 20)) return 0;
+    job.part(job.job, TICKET(t, 0), TICKET(t, 20), who);
+    __atomic_fetch_add(&done, 1, __ATOMIC_RELEASE);
+    return 1;
+}
+
+static void breathe(void) {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void *work(void *who) {
+    for (i64 idle = 0;;) {
+        if (take((i64)(intptr_t)who)) { idle = 0; continue; }
+        if (++idle < 3000) { breathe(); continue; }  // about as long as Python takes from one kernel to the next
+        pthread_mutex_lock(&lock);
+        __atomic_fetch_add(&asleep, 1, __ATOMIC_SEQ_CST);
+        uint64_t t = __atomic_load_n(&ticket, __ATOMIC_SEQ_CST);
+        if (TICKET(t, 0) >= TICKET(t, 20)) pthread_cond_wait(&more, &lock);
+        __atomic_fetch_sub(&asleep, 1, __ATOMIC_SEQ_CST);
+        pthread_mutex_unlock(&lock);
+        idle = 0;
+    }
+    return 0;
+}
+
+static void forked(void) {  // a child process has no threads but its own
+    started = asleep = 0;
+    pthread_mutex_init(&lock, 0);
+    pthread_cond_init(&more, 0);
+}
+
+// part(job, piece, pieces, who) for each of `pieces`; `who` is below places().
+static void together(Part part, const void *what, i64 pieces, i64 threads) {
+    if (threads < 2 || pieces < 2) {
+        for (i64 i = 0; i < pieces; i++) part(what, i, pieces, 0);
+        return;
+    }
+    static int prepared;
+    if (!prepared) prepared = 1, pthread_atfork(0, 0, forked);
+    while (started + 1 < MIN(threads, MOST)) {
+        pthread_t thread;
+        if (pthread_create(&thread, 0, work, (void *)(intptr_t)(started + 1))) break;
+        pthread_detach(thread);
+        started++;
+    }
+    job.part = part, job.job = what;
+    __atomic_store_n(&done, 0, __ATOMIC_RELAXED);
+    uint64_t t = __atomic_load_n(&ticket, __ATOMIC_RELAXED);
+    __atomic_store_n(&ticket, ((t >> 40) + 1) << 40 | (uint64_t)pieces << 20, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&asleep, __ATOMIC_SEQ_CST)) {
+        pthread_mutex_lock(&lock);
+        pthread_cond_broadcast(&more);
+        pthread_mutex_unlock(&lock);
+    }
+    while (take(0)) {}
+    for (i64 i = 0; __atomic_load_n(&done, __ATOMIC_ACQUIRE) < (uint64_t)pieces; i++)
+        if (i < 3000) breathe(); else sched_yield();
+}
+
+static i64 places(i64 threads) { return MAX(MAX(threads, started + 1), 1); }
+static i64 evenly(i64 n, i64 threads) { return MAX(1, threads < 2 ? 1 : MIN(n, 4 * threads)); }
 
 // ---------------------------------------------------------------------------------------------- linear layers
 
@@ -228,9 +311,9 @@ INLINE void linear_block(const Linear *a, const int rows, const int bf, i64 m, i
     }
 }
 
-INLINE void linear_part(const Linear *a, const int bf) {
+INLINE void linear_part(const Linear *a, i64 piece, i64 pieces, const int bf) {
     i64 from, to, some = MAX(ROWS, (512 << 10) / (a->K * (bf ? 2 : 4) + 1) / ROWS * ROWS);  // rows of x that stay in L2
-    share(a->N, 16, &from, &to);
+    share(a->N, 16, piece, pieces, &from, &to);
     for (i64 m0 = 0; m0 < a->M; m0 += some) for (i64 n = from; n < to; n += 16) {
         const i64 end = MIN(m0 + some, a->M);
         for (i64 m = m0; m < end; m += ROWS)
@@ -239,9 +322,15 @@ INLINE void linear_part(const Linear *a, const int bf) {
     }
 }
 
-void linear(const Linear *a) {
-#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
-    if (a->bf) linear_part(a, 1); else linear_part(a, 0);
+static void linear_piece(const void *job, i64 piece, i64 pieces, i64 who) {
+    const Linear *a = job;
+    if (a->bf) linear_part(a, piece, pieces, 1); else linear_part(a, piece, pieces, 0);
+}
+
+int linear(const Linear *a) {  // pieces large enough to stream, small enough to be shared out evenly
+    const i64 bytes = a->N * a->K * (a->bf ? 2 : 4);
+    together(linear_piece, a, evenly((a->N + 15) / 16, MAX(a->threads, a->threads < 2 ? 1 : MIN(bytes >> 20, 1000))), a->threads);
+    return 0;
 }
 
 // ---------------------------------------------------------------------------------------------- 8-bit linear layers
@@ -361,13 +450,21 @@ INLINE void int8_block(const LinearInt8 *a, const int rows, const int panels, co
     }
 }
 
-INLINE void int8_part(const LinearInt8 *a, const int bf, Quantised *x) {
+typedef struct { const LinearInt8 *a; Quantised *x; } Int8Job;
+
+static void quantise_piece(const void *job, i64 piece, i64 pieces, i64 who) {
+    const LinearInt8 *a = ((const Int8Job *)job)->a;
+    Quantised *x = ((const Int8Job *)job)->x;
+    i64 from, to;
+    share(a->M, 1, piece, pieces, &from, &to);
+    for (i64 m = from; m < to; m++)
+        if (a->bf) quantise(a->x + m * a->K * 2, a->K, x[m], 1); else quantise(a->x + m * a->K * 4, a->K, x[m], 0);
+}
+
+INLINE void int8_part(const LinearInt8 *a, i64 piece, i64 pieces, const int bf, const Quantised *x) {
     const i64 groups = (a->K + GROUP - 1) / GROUP, panels = (a->N + 15) / 16;
     i64 from, to, some = MAX(4, (256 << 10) / (a->K + 1) / 4 * 4);
-    share(a->M, 1, &from, &to);
-    for (i64 m = from; m < to; m++) quantise(a->x + m * a->K * (bf ? 2 : 4), a->K, x[m], bf);
-#pragma omp barrier
-    share(panels, 2, &from, &to);
+    share(panels, 2, piece, pieces, &from, &to);
     for (i64 m0 = 0; m0 < a->M; m0 += some) for (i64 p = from; p < to;) {
         const i64 end = MIN(m0 + some, a->M), two = end - m0 > 1 && p + 1 < to;
         for (i64 m = m0; m < end; m += 4) {
@@ -380,6 +477,11 @@ INLINE void int8_part(const LinearInt8 *a, const int bf, Quantised *x) {
     }
 }
 
+static void int8_piece(const void *job, i64 piece, i64 pieces, i64 who) {
+    const Int8Job *j = job;
+    if (j->a->bf) int8_part(j->a, piece, pieces, 1, j->x); else int8_part(j->a, piece, pieces, 0, j->x);
+}
+
 int linear_int8(const LinearInt8 *a) {  // -> 0, or 1 if there is no memory
     const i64 groups = (a->K + GROUP - 1) / GROUP;
     char *room = malloc(a->M * (sizeof(Quantised) + groups * (GROUP + 8)) + 64);
@@ -389,8 +491,9 @@ int linear_int8(const LinearInt8 *a) {  // -> 0, or 1 if there is no memory
     float *scale = (float *)(q + a->M * groups * GROUP);
     for (i64 m = 0; m < a->M; m++)
         x[m] = (Quantised){q + m * groups * GROUP, scale + 2 * m * groups, (int32_t *)(scale + (2 * m + 1) * groups)};
-#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
-    if (a->bf) int8_part(a, 1, x); else int8_part(a, 0, x);
+    const Int8Job job = {a, x};
+    together(quantise_piece, &job, a->M < 4 ? 1 : evenly(a->M, a->threads), a->threads);
+    together(int8_piece, &job, evenly((a->N + 31) / 32, MAX(a->threads, a->threads < 2 ? 1 : MIN(a->N * a->K >> 19, 1000))), a->threads);
     free(room);
     return 0;
 }
@@ -400,34 +503,37 @@ int linear_int8(const LinearInt8 *a) {  // -> 0, or 1 if there is no memory
 typedef struct {
     const char *x, *w;
     char *y;
-    i64 bf, w_bf, M, D, threads;
+    i64 bf, w_bf, M, D, H, row, head, threads;  // row m begins at channel m / H * row + m % H * head
     double eps;
 } Norm;
 
-INLINE void norm_part(const Norm *a, const int bf, const int w_bf) {
+INLINE void norm_part(const Norm *a, i64 piece, i64 pieces, const int bf, const int w_bf) {
     i64 from, to;
-    share(a->M, 1, &from, &to);
+    share(a->M, 1, piece, pieces, &from, &to);
     for (i64 m = from; m < to; m++) {
+        const char *in = a->x + (m / a->H * a->row + m % a->H * a->head) * (bf ? 2 : 4);
         vec squares = {0};
         for (i64 i = 0; i < a->D; i += VL) {
-            vec x = get(a->x, m * a->D + i, a->D - i, bf);
+            vec x = get(in, i, a->D - i, bf);
             squares = fma_(x, x, squares);
         }
         const float r = 1 / sqrtf(sum(squares) / a->D + (float)a->eps);
         for (i64 i = 0; i < a->D; i += VL) {
             i64 n = a->D - i;
-            put(a->y, m * a->D + i, n, get(a->x, m * a->D + i, n, bf) * r * get(a->w, i, n, w_bf), bf);
+            put(a->y, m * a->D + i, n, get(in, i, n, bf) * r * get(a->w, i, n, w_bf), bf);
         }
     }
 }
 
-void rms_norm(const Norm *a) {
-#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
-    if (a->bf && a->w_bf) norm_part(a, 1, 1);
-    else if (a->bf) norm_part(a, 1, 0);
-    else if (a->w_bf) norm_part(a, 0, 1);
-    else norm_part(a, 0, 0);
+static void norm_piece(const void *job, i64 piece, i64 pieces, i64 who) {
+    const Norm *a = job;
+    if (a->bf && a->w_bf) norm_part(a, piece, pieces, 1, 1);
+    else if (a->bf) norm_part(a, piece, pieces, 1, 0);
+    else if (a->w_bf) norm_part(a, piece, pieces, 0, 1);
+    else norm_part(a, piece, pieces, 0, 0);
 }
+
+int rms_norm(const Norm *a) { return together(norm_piece, a, evenly(a->M, a->threads), a->threads), 0; }
 
 typedef struct {
     const char *x;
@@ -436,10 +542,10 @@ typedef struct {
     i64 bf, M, H, D, turned, half, row, head, threads;
 } Rope;
 
-INLINE void rope_part(const Rope *a, const int bf) {
+INLINE void rope_part(const Rope *a, i64 piece, i64 pieces, const int bf) {
     const i64 size = bf ? 2 : 4, T = a->turned, pair = a->half ? T / 2 : T;
     i64 from, to;
-    share(a->M, 1, &from, &to);
+    share(a->M, 1, piece, pieces, &from, &to);
     for (i64 m = from; m < to; m++) for (i64 h = 0; h < a->H; h++) {
         const char *x = a->x + (m * a->row + h * a->head) * size;
         char *y = a->y + (m * a->H + h) * a->D * size;
@@ -457,10 +563,12 @@ INLINE void rope_part(const Rope *a, const int bf) {
     }
 }
 
-void rope(const Rope *a) {
-#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
-    if (a->bf) rope_part(a, 1); else rope_part(a, 0);
+static void rope_piece(const void *job, i64 piece, i64 pieces, i64 who) {
+    const Rope *a = job;
+    if (a->bf) rope_part(a, piece, pieces, 1); else rope_part(a, piece, pieces, 0);
 }
+
+int rope(const Rope *a) { return together(rope_piece, a, evenly(a->M, a->threads), a->threads), 0; }
 
 typedef struct {
     const char *x;
@@ -486,9 +594,9 @@ INLINE vec activate(vec x, const int which) {
     return which == 3 ? x : x * x;                                    // relu, relu2
 }
 
-INLINE void gate_part(const Gate *a, const int bf, const int which) {
+INLINE void gate_part(const Gate *a, i64 piece, i64 pieces, const int bf, const int which) {
     i64 from, to;
-    share(a->M, 1, &from, &to);
+    share(a->M, 1, piece, pieces, &from, &to);
     for (i64 m = from; m < to; m++) for (i64 i = 0; i < a->H; i += VL) {
         const i64 n = a->H - i;
         vec g = activate(get(a->x, 2 * m * a->H + i, n, bf), which);
@@ -496,13 +604,17 @@ INLINE void gate_part(const Gate *a, const int bf, const int which) {
     }
 }
 
-void glu(const Gate *a) {
-#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
+static void gate_piece(const void *job, i64 piece, i64 pieces, i64 who) {
+    const Gate *a = job;
     switch (a->activation * 2 + a->bf) {
-#define CASE(which) case 2 * which: gate_part(a, 0, which); break; case 2 * which + 1: gate_part(a, 1, which); break;
+#define CASE(which)                                                     \
+    case 2 * which: gate_part(a, piece, pieces, 0, which); break;       \
+    case 2 * which + 1: gate_part(a, piece, pieces, 1, which); break;
         CASE(0) CASE(1) CASE(2) CASE(3) CASE(4)
     }
 }
+
+int glu(const Gate *a) { return together(gate_piece, a, evenly(a->M, a->threads), a->threads), 0; }
 
 // ---------------------------------------------------------------------------------------------- paged attention
 
@@ -704,35 +816,77 @@ static void store(const Attend *a, i64 row) {
     if (slot < 0 && a->out) memset(a->out + row * a->H * a->Dv * size, 0, a->H * a->Dv * size);
 }
 
-int attend(const Attend *a) {  // -> 0, or 1 if there is no memory
-    i64 next = 0, from, to;
-    float *states = malloc(MAX(a->threads, 1) * (STATES + ROWS) * room(a) * sizeof(float));
-    if (!states) return 1;
-#pragma omp parallel num_threads(a->threads) private(from, to) if (a->threads > 1)
-    {
-        share(a->N, 1, &from, &to);
-        for (i64 i = from; i < to; i++) store(a, i);
-#pragma omp barrier
-        float *mine = states + omp_get_thread_num() * (STATES + ROWS) * room(a);
-        for (i64 i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < a->n_tasks * a->H_kv;) {
-            const Task *t = (const Task *)a->tasks + i / a->H_kv;
-            if (a->bf) attend_task(a, t, 1, i % a->H_kv, mine); else attend_task(a, t, 0, i % a->H_kv, mine);
-        }
-#pragma omp barrier
-        share(a->N * a->H, 1, &from, &to);
-        for (i64 i = from; i < to; i++) {
-            const i64 row = i / a->H, head = i % a->H, where = a->partials[row];
-            if (where < 0 || a->slots[row] < 0) continue;
-            const i64 c = first_seen(a, row) / CHUNK;
-            Result *all = result(a, a->scratch, (where + c) * a->H + head);
-            for (i64 d = c + 1; d <= a->positions[row] / CHUNK; d++) merge(a, all, result(a, a->scratch, (where + d) * a->H + head));
-            if (a->bf) finish(a, 1, all, row, head); else finish(a, 0, all, row, head);
-        }
+typedef struct { const Attend *a; float *states; } AttendJob;
+
+static void store_piece(const void *job, i64 piece, i64 pieces, i64 who) {
+    i64 from, to;
+    share(((const AttendJob *)job)->a->N, 1, piece, pieces, &from, &to);
+    for (i64 i = from; i < to; i++) store(((const AttendJob *)job)->a, i);
+}
+
+static void attend_piece(const void *job, i64 piece, i64 pieces, i64 who) {
+    const Attend *a = ((const AttendJob *)job)->a;
+    float *mine = ((const AttendJob *)job)->states + who * (STATES + ROWS) * room(a);
+    const Task *t = (const Task *)a->tasks + piece / a->H_kv;
+    if (a->bf) attend_task(a, t, 1, piece % a->H_kv, mine); else attend_task(a, t, 0, piece % a->H_kv, mine);
+}
+
+static void merge_piece(const void *job, i64 piece, i64 pieces, i64 who) {
+    const Attend *a = ((const AttendJob *)job)->a;
+    i64 from, to;
+    share(a->N * a->H, 1, piece, pieces, &from, &to);
+    for (i64 i = from; i < to; i++) {
+        const i64 row = i / a->H, head = i % a->H, where = a->partials[row];
+        if (where < 0 || a->slots[row] < 0) continue;
+        const i64 c = first_seen(a, row) / CHUNK;
+        Result *all = result(a, a->scratch, (where + c) * a->H + head);
+        for (i64 d = c + 1; d <= a->positions[row] / CHUNK; d++) merge(a, all, result(a, a->scratch, (where + d) * a->H + head));
+        if (a->bf) finish(a, 1, all, row, head); else finish(a, 0, all, row, head);
     }
+}
+
+int attend(const Attend *a) {  // -> 0, or 1 if there is no memory
+    float *states = malloc(places(a->threads) * (STATES + ROWS) * room(a) * sizeof(float));
+    if (!states) return 1;
+    const AttendJob job = {a, states};
+    together(store_piece, &job, a->N < 64 ? 1 : evenly(a->N, a->threads), a->threads);
+    together(attend_piece, &job, a->n_tasks * a->H_kv, a->threads);
+    together(merge_piece, &job, evenly(a->N * a->H / 16, a->threads), a->threads);
     free(states);
     return 0;
 }
 
-void store_rows(const Attend *a) {
+int store_rows(const Attend *a) {
     for (i64 i = 0; i < a->N; i++) store(a, i);
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------- sums, and whole forwards
+
+typedef struct {
+    const char *x, *y;
+    char *sum;
+    i64 bf, n;
+    double factor;
+} Add;
+
+int add(const Add *a) {  // x + factor * y, rounded once
+    const vec r = splat((float)a->factor);
+    for (i64 i = 0; i < a->n; i += VL) {
+        const i64 left = a->n - i;
+        if (a->bf) put(a->sum, i, left, fma_(get(a->y, i, left, 1), r, get(a->x, i, left, 1)), 1);
+        else put(a->sum, i, left, fma_(get(a->y, i, left, 0), r, get(a->x, i, left, 0)), 0);
+    }
+    return 0;
+}
+
+typedef struct {
+    int (*function)(const void *);
+    const void *arguments;
+} Call;
+
+int replay(const Call *calls) {  // one after another, up to one without a function; -> how many failed
+    int failed = 0;
+    for (; calls->function; calls++) failed += calls->function(calls->arguments) != 0;
+    return failed;
 }

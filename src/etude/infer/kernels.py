@@ -7,18 +7,16 @@ and contiguous where nothing else is said; sums are fp32. M rows, K input and N 
 import contextlib
 import ctypes
 import functools
-import glob
 import hashlib
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from struct import Struct
 from typing import Any, NamedTuple
@@ -92,14 +90,14 @@ def _build(compiler: list[str], folder: Path) -> tuple[Path | None, str]:
     """-> (a library that passed its test in a process of its own, or None; why there is none). The answer is kept under a
     name that says what it depends on, so that it is looked for once."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
-    features, openmp = _cpu(), _openmp()
+    features = _cpu()
     depends: list[Any] = [
         SOURCE.read_text(encoding="utf-8"),
         Path(__file__).read_text(encoding="utf-8"),
         version,
         compiler,
     ]
-    depends += [sorted(features), platform.machine(), openmp, torch.__version__, sys.version]
+    depends += [sorted(features), platform.machine()]
     name = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:24]
     library, verdict = folder / f"{name}.so", folder / f"{name}.json"
     with contextlib.suppress(OSError, ValueError):
@@ -110,7 +108,7 @@ def _build(compiler: list[str], folder: Path) -> tuple[Path | None, str]:
     for flags in _attempts(features):
         with tempfile.TemporaryDirectory(dir=folder) as room:
             built = Path(room) / library.name
-            why = _compile(compiler, flags, openmp, built) or _test(built)
+            why = _compile(compiler, flags, built) or _test(built)
             if not why:
                 os.replace(built, library)
         if not why:
@@ -130,7 +128,7 @@ def _attempts(features: set[str]) -> list[list[str]]:
         if features >= {"avx2", "fma"}:
             machines.append(["-mavx2", "-mfma"])
     machines.append([])
-    return [[*m, *threads] for threads in (["-fopenmp"], []) for m in machines]
+    return machines
 
 
 def _cpu() -> set[str]:
@@ -141,27 +139,12 @@ def _cpu() -> set[str]:
     return set(platform.processor().split())
 
 
-def _openmp() -> str | None:
-    """torch's OpenMP library. A second one in the process would be a second pool of threads, each spinning in the way of
-    the other."""
-    with contextlib.suppress(OSError):
-        if loaded := re.search(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*\.so\S*", Path("/proc/self/maps").read_text()):
-            return loaded[0]
-    home = Path(torch.__file__).parent
-    found = sorted(
-        p for folder in (home / "lib", home.parent / "torch.libs") for p in glob.glob(f"{folder}/libgomp*.so*")
-    )
-    return found[0] if found else None
-
-
-def _compile(compiler: list[str], flags: list[str], openmp: str | None, to: Path) -> str:
+def _compile(compiler: list[str], flags: list[str], to: Path) -> str:
     """-> why it failed, or nothing."""
-    threads = "-fopenmp" in flags
-    ours = [openmp, f"-Wl,-rpath,{Path(openmp).parent}"] if threads and openmp else ["-fopenmp"] if threads else []
     whole = ["-Wl,-z,defs"] if sys.platform == "linux" else []  # a missing function is found now, not when it is called
     object_file = to.with_suffix(".o")
     first = [*compiler, *FLAGS, *flags, f"-DGROUP={GROUP}", "-c", str(SOURCE), "-o", str(object_file)]
-    for command in (first, [*compiler, "-shared", str(object_file), *ours, *whole, "-lm", "-o", str(to)]):
+    for command in (first, [*compiler, "-shared", str(object_file), *whole, "-lm", "-pthread", "-o", str(to)]):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = [
@@ -176,7 +159,7 @@ def _test(library: Path) -> str:
     program = (
         f"from etude.infer import kernels as k; k._library = lambda: (k._open({str(library)!r}), ''); k.self_test()"
     )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "OMP_WAIT_POLICY": "passive"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=env)
     except subprocess.TimeoutExpired:
@@ -190,9 +173,9 @@ def _test(library: Path) -> str:
 def _open(path: Path | str) -> Any:
     # PyDLL keeps the GIL: a call takes microseconds, and giving it up three hundred times a step would have it fought for.
     library = ctypes.PyDLL(str(path))
-    for name in ("linear", "linear_int8", "rms_norm", "rope", "glu", "attend", "store_rows"):
+    for name in ("linear", "linear_int8", "rms_norm", "rope", "glu", "attend", "store_rows", "add", "replay"):
         getattr(library, name).argtypes = [ctypes.c_char_p]
-        getattr(library, name).restype = ctypes.c_int if name in ("linear_int8", "attend") else None
+        getattr(library, name).restype = ctypes.c_int
     return library
 
 
@@ -204,14 +187,42 @@ def _function(name: str) -> Callable[[bytes], int]:
     return getattr(library, name)
 
 
+_tape: list[tuple[str, bytes]] | None = None  # calls that are written down
+
+
+def _call(name: str, arguments: bytes) -> int:
+    if _tape is not None:
+        _tape.append((name, arguments))
+    return _function(name)(arguments)
+
+
 # ------------------------------------------------------------------------------------------------ calling
 
 # A call passes one block of memory with the fields of the C function's struct, which takes a third of the time of as many
 # arguments.
-_LINEAR, _NORM, _ROPE, _GATE, _ATTEND = Struct("10q"), Struct("8qd"), Struct("13q"), Struct("7q"), Struct("35qd")
-_LINEAR_INT8 = Struct("11q")
+_LINEAR, _NORM, _ROPE, _GATE, _ATTEND = Struct("10q"), Struct("11qd"), Struct("13q"), Struct("7q"), Struct("35qd")
+_LINEAR_INT8, _ADD = Struct("11q"), Struct("5qd")
 _BF = {torch.float32: 0, torch.bfloat16: 1}
-_threads = torch.get_num_threads
+_count: int | None = None
+
+
+def threads() -> int:
+    """How many the kernels use."""
+    return _count or torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it all threads are the kernels', and torch's own operations have one: its pool's threads go on spinning after
+    each of them, on the cores that the kernels' threads want."""
+    global _count
+    before, _count = _count, threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_count)
+        _count = before
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -221,8 +232,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = torch.empty((M, N), dtype=x.dtype)
     at, b_bf = _bias(bias, N)
     if M:
-        threads = _threads() if M * N * K > 1 << 17 else 1
-        _function("linear")(_LINEAR.pack(x.data_ptr(), weight.data_ptr(), at, y.data_ptr(), bf, b_bf, M, N, K, threads))
+        count = threads() if M * N * K > 1 << 17 else 1
+        _call("linear", _LINEAR.pack(x.data_ptr(), weight.data_ptr(), at, y.data_ptr(), bf, b_bf, M, N, K, count))
     return y
 
 
@@ -261,22 +272,30 @@ def linear_int8(x: Tensor, q: Int8, bias: Tensor | None = None) -> Tensor:
     y = torch.empty((M, N), dtype=x.dtype)
     at, b_bf = _bias(bias, N)
     if M:
-        threads = _threads() if M * N * K > 1 << 18 else 1
+        count = threads() if M * N * K > 1 << 18 else 1
         ours = q.weight.data_ptr(), q.scale.data_ptr()
-        args = _LINEAR_INT8.pack(x.data_ptr(), *ours, at, y.data_ptr(), bf, b_bf, M, N, K, threads)
-        if _function("linear_int8")(args):
+        args = _LINEAR_INT8.pack(x.data_ptr(), *ours, at, y.data_ptr(), bf, b_bf, M, N, K, count)
+        if _call("linear_int8", args):
             raise MemoryError(f"no memory to quantise {M} x {K} numbers")
     return y
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (M, D), weight (D,) of either dtype -> like x."""
-    M, D = x.shape
-    assert weight.shape[0] == D and x.is_contiguous() and weight.is_contiguous()
-    y = torch.empty_like(x)
-    threads = _threads() if M * D > 1 << 15 else 1
-    _function("rms_norm")(
-        _NORM.pack(x.data_ptr(), weight.data_ptr(), y.data_ptr(), _BF[x.dtype], _BF[weight.dtype], M, D, threads, eps)
+    """x (M, D) or (M, H, D), of which only the channels need lie side by side, weight (D,) of either dtype -> like x,
+    contiguous."""
+    D = x.shape[-1]
+    H, head = (x.shape[1], x.stride(1)) if x.ndim == 3 else (1, 0)
+    assert weight.shape[0] == D and (D == 1 or x.stride(-1) == 1) and weight.is_contiguous()
+    y, M = torch.empty(x.shape, dtype=x.dtype), x.shape[0] * H
+    if M == 0:
+        return y
+    count, bf = threads() if M * D > 1 << 17 else 1, _BF[x.dtype]
+    row = x.stride(0)
+    _call(
+        "rms_norm",
+        _NORM.pack(
+            x.data_ptr(), weight.data_ptr(), y.data_ptr(), bf, _BF[weight.dtype], M, D, H, row, head, count, eps
+        ),
     )
     return y
 
@@ -289,8 +308,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
     assert (one == 1 or D == 1) and cos.shape[0] == M and sin.shape == cos.shape and turned <= D and turned % 2 == 0
     assert cos.is_contiguous() and sin.is_contiguous() and cos.dtype == sin.dtype == torch.float32
     y = torch.empty((M, H, D), dtype=x.dtype)
-    threads = _threads() if M * H * D > 1 << 15 else 1
-    _function("rope")(
+    count = threads() if M * H * D > 1 << 15 else 1
+    _call(
+        "rope",
         _ROPE.pack(
             x.data_ptr(),
             cos.data_ptr(),
@@ -304,10 +324,18 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, half: bool) -> Tensor:
             half,
             row,
             head,
-            threads,
-        )
+            count,
+        ),
     )
     return y
+
+
+def add(x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
+    """x + factor * y, rounded once; contiguous, of one shape and dtype."""
+    assert x.shape == y.shape and x.dtype == y.dtype and x.is_contiguous() and y.is_contiguous()
+    total = torch.empty_like(x)
+    _call("add", _ADD.pack(x.data_ptr(), y.data_ptr(), total.data_ptr(), _BF[x.dtype], x.numel(), factor))
+    return total
 
 
 def glu(h: Tensor, activation: str) -> Tensor:
@@ -315,8 +343,8 @@ def glu(h: Tensor, activation: str) -> Tensor:
     M, H = h.shape[0], h.shape[1] // 2
     assert h.is_contiguous() and h.shape[1] == 2 * H
     y = torch.empty((M, H), dtype=h.dtype)
-    threads = _threads() if M * H > 1 << 13 else 1
-    _function("glu")(_GATE.pack(h.data_ptr(), y.data_ptr(), _BF[h.dtype], M, H, GATES[activation], threads))
+    count = threads() if M * H > 1 << 13 else 1
+    _call("glu", _GATE.pack(h.data_ptr(), y.data_ptr(), _BF[h.dtype], M, H, GATES[activation], count))
     return y
 
 
@@ -413,10 +441,11 @@ def attend(
     y = torch.empty((N, H, dv), dtype=q.dtype)
     work = plan.cost * H * (Dk + dv)
     assert plan.n_rows == N == slots.shape[0] and slots.dtype == torch.int64 and slots.is_contiguous()
-    if N and _function("attend")(
+    if N and _call(
+        "attend",
         _pack(
-            q, k, v, k_cache, v_cache, slots, y.data_ptr(), plan, scale, window, dv, _threads() if work > 1 << 19 else 1
-        )
+            q, k, v, k_cache, v_cache, slots, y.data_ptr(), plan, scale, window, dv, threads() if work > 1 << 19 else 1
+        ),
     ):
         raise MemoryError(f"no memory to attend with {H} heads of {dv} channels")
     return y
@@ -425,7 +454,7 @@ def attend(
 def store(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor) -> None:
     """What `attend` does first."""
     width = k.shape[-1] if v is None else v.shape[-1]
-    _function("store_rows")(_pack(k, k, v, k_cache, v_cache, slots, 0, None, 1.0, None, width, 1))
+    _call("store_rows", _pack(k, k, v, k_cache, v_cache, slots, 0, None, 1.0, None, width, 1))
 
 
 def _pack(
@@ -501,6 +530,56 @@ def _pack(
 # ------------------------------------------------------------------------------------------------ self-test
 
 
+# ------------------------------------------------------------------------------------------------ whole forwards
+
+_PLAN, _COUNTS, _THREADS = Struct("6q"), Struct("3q"), Struct("q")  # what an _ATTEND has of a plan, and where
+_PLAN_AT, _COUNTS_AT, _THREADS_AT = 7 * 8, 29 * 8, 34 * 8
+_HEADS = Struct("4q")  # H, H_kv, Dk, Dv
+_HEADS_AT = 15 * 8
+
+
+class Calls:
+    """The kernels that a function called, to be called again in one go, in the same memory: what they read and write is to
+    be kept alive, and to be filled anew, by whoever made it. Only the plan of attentions may be another one.
+
+    `with Calls() as calls: ...` writes down, `calls.replay(plan)` calls again."""
+
+    def __enter__(self) -> "Calls":
+        global _tape
+        assert _tape is None
+        self._made: list[tuple[str, bytes]] = []
+        _tape = self._made
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _tape
+        _tape = None
+        offsets = [0]
+        for _, arguments in self._made:
+            offsets.append(offsets[-1] + len(arguments))
+        self._arguments = ctypes.create_string_buffer(b"".join(a for _, a in self._made), offsets[-1] + 8)
+        start = ctypes.addressof(self._arguments)
+        library = _library()[0]
+        address = {n: ctypes.cast(getattr(library, n), ctypes.c_void_p).value for n, _ in self._made}
+        pairs = [x for (name, _), at in zip(self._made, offsets) for x in (address[name], start + at)]
+        self._calls = Struct(f"{len(pairs) + 2}q").pack(*pairs, 0, 0)
+        self._attends = [
+            (at, *_HEADS.unpack_from(arguments, _HEADS_AT))
+            for (name, arguments), at in zip(self._made, offsets)
+            if name == "attend"
+        ]
+
+    def replay(self, plan: Plan) -> None:
+        fixed = len(plan.tasks), plan.tables.shape[1], plan.page_size
+        for at, heads, _, dk, dv in self._attends:
+            _PLAN.pack_into(self._arguments, at + _PLAN_AT, *plan.pointers, plan.scratch(heads, dv))
+            _COUNTS.pack_into(self._arguments, at + _COUNTS_AT, *fixed)
+            count = threads() if plan.cost * heads * (dk + dv) > 1 << 19 else 1
+            _THREADS.pack_into(self._arguments, at + _THREADS_AT, count)
+        if _function("replay")(self._calls):
+            raise MemoryError("no memory to attend or to quantise")
+
+
 def self_test() -> None:
     """Run each kernel on small inputs with one and two threads against plain torch in fp64. Raises AssertionError; on a
     machine that lacks an instruction the process dies."""
@@ -533,6 +612,7 @@ def self_test() -> None:
             other, turned = x[..., :34].double().roll(17, -1), x.double()
             turned[..., :34] = turned[..., :34] * cos[:, None].double() + other * sin[:, None].double()
             near("rope", rope(x, cos, sin, True), turned, tolerance)
+            near("add", add(x, x.flip(0).contiguous(), 0.5), x.double() + 0.5 * x.flip(0).double(), tolerance)
             h = random(5, 74)
             near("glu", glu(h, "silu"), F.silu(h[:, :37].double()) * h[:, 37:].double(), tolerance)
             # One sequence of 300 positions, whose last three are computed now.

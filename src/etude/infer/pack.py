@@ -17,6 +17,7 @@ from etude.model.mlp import MLP, GatedMLP
 from etude.model.moe import MoE
 from etude.model.parts import RMSNorm
 from etude.model.rope import Rope, angles, rope
+from etude.model.transformer import Block
 
 WHOLE = 4096  # numbers; a share of it, for any usual number of threads, is whole vectors
 Product = Callable[[Tensor], Tensor]  # (..., K) -> (..., N)
@@ -48,6 +49,8 @@ def pack(model: nn.Module, dtype: torch.dtype, quant: Literal["int8"] | None, na
                 _own(module, experts=_experts(module, product))
                 if module.score is torch.sigmoid:  # softmax goes row by row
                     _own(module, score=steady(torch.sigmoid))
+        if native and isinstance(module, Block):
+            _own(module, add=functools.partial(_add, float(module.residual)))
         if native and isinstance(module, MLP):
             _own(module, act=steady(module.act))
         if native and isinstance(module, RMSNorm):
@@ -65,6 +68,7 @@ def pack(model: nn.Module, dtype: torch.dtype, quant: Literal["int8"] | None, na
     for module in modules:
         if isinstance(module, nn.Linear) and module.weight is not None and id(module) not in routers:
             _own(module, forward=product(module.weight, module.bias))
+    twin.turns = list(turns.values())
     return twin
 
 
@@ -144,10 +148,14 @@ def _glu(joined: Product, activation: str) -> Product:
     return activate
 
 
+def _add(factor: float, x: Tensor, y: Tensor) -> Tensor:
+    return kernels.add(x.contiguous(), y.contiguous(), factor)
+
+
 def _norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
-    if x.shape[-1] != weight.shape[0] or not x.is_contiguous():
-        x = x.contiguous()
-    return kernels.rms_norm(x.view(-1, x.shape[-1]), weight, eps).view(x.shape)
+    if x.ndim == 4 and len(x) == 1:  # heads of queries or keys, side by side in a joined product
+        return kernels.rms_norm(x[0], weight, eps)[None]
+    return kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
 
 
 class Turns:
@@ -164,10 +172,13 @@ class Turns:
     def __call__(self, x: Tensor, positions: Tensor | None) -> Tensor:
         if positions is None or len(x) > 1:  # whole contexts
             return rope(x, positions, self.how)
-        if self.last[0] is not positions:  # the layers of a step ask for the same ones
-            self.last = positions, *self._rows(positions[0])
+        self.look_up(positions)
         y = kernels.rope(x[0].transpose(0, 1), self.last[1], self.last[2], self.how.layout == "half")
         return y.transpose(0, 1)[None]
+
+    def look_up(self, positions: Tensor) -> None:
+        if self.last[0] is not positions:  # the layers of a step ask for the same ones
+            self.last = positions, *self._rows(positions[0])
 
     def _rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         while int(positions.max()) >= (n := self.tables.shape[1]):
@@ -176,6 +187,11 @@ class Turns:
             self.tables = torch.cat((self.tables, more), 1)
         cos, sin = self.tables.index_select(1, positions)
         return cos, sin
+
+    def refill(self, rows: tuple[Tensor, Tensor], positions: Tensor) -> None:
+        """Write what (N,) positions need into the memory of earlier `rows`."""
+        for to, new in zip(rows, self._rows(positions)):
+            to.copy_(new)
 
 
 def _experts(

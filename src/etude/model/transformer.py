@@ -38,11 +38,14 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Aux | None]:
         """x (B, T, D) -> ((B, T, D), aux)."""
         y = self.attn_post_norm(self.attn(self.attn_norm(x), positions, documents, cache))
-        x = self.attn_out_norm(x + (y if self.residual == 1 else self.residual * y))
+        x = self.attn_out_norm(self.add(x, y))
         h = self.ffn_norm(x)
         y, aux = self.ffn(h, documents) if self.sparse else self.ffn(h)
         y = self.ffn_post_norm(y)
-        return self.ffn_out_norm(x + (y if self.residual == 1 else self.residual * y)), aux
+        return self.ffn_out_norm(self.add(x, y)), aux
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + (y if self.residual == 1 else self.residual * y)
 
 
 # Whether there is a norm (before the part, behind it, behind the sum).
@@ -165,6 +168,10 @@ class Transformer(nn.Module):
         documents = None if doc_ids is None else Documents(doc_ids)
         if documents is not None and positions is None:
             positions = documents.positions
+        return self.through(self.embedded(tokens, positions), positions, documents, cache)
+
+    def embedded(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """tokens (B, T) -> what enters the first block (B, T, D)."""
         x = self.embed(tokens)
         if self.embed_scale is not None:
             x = x * self.embed_scale
@@ -173,7 +180,12 @@ class Transformer(nn.Module):
             x = x + (
                 self.pos_embed(where) if self.pos_embed is not None else parts.sinusoid(where, self.dim).to(x.dtype)
             )
-        x = parts.dropout(x, self.dropout, self.training)
+        return parts.dropout(x, self.dropout, self.training)
+
+    def through(
+        self, x: Tensor, positions: Tensor | None, documents: Documents | None, cache
+    ) -> tuple[Tensor, Aux | None]:
+        """Through all blocks and the last norm; as `hidden`."""
         said: list[Aux] = []
         for i, block in enumerate(self.blocks):
             if self.checkpoint and torch.is_grad_enabled():

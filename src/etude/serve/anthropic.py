@@ -48,12 +48,28 @@ class ToolResult(Strict):
     cache_control: Any = None
 
 
-Block = Annotated[TextBlock | ToolUse | ToolResult, Field(discriminator="type")]
+class SystemMessage(Strict):
+    role: Literal["system"]
+    content: str | Annotated[list[TextBlock], Field(min_length=1, fail_fast=True)]
 
 
-class Message(Strict):
-    role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[Block], Field(min_length=1, fail_fast=True)]
+UserBlock = Annotated[TextBlock | ToolResult, Field(discriminator="type")]
+
+
+class UserMessage(Strict):
+    role: Literal["user"]
+    content: str | Annotated[list[UserBlock], Field(min_length=1, fail_fast=True)]
+
+
+AssistantBlock = Annotated[TextBlock | ToolUse, Field(discriminator="type")]
+
+
+class AssistantMessage(Strict):
+    role: Literal["assistant"]
+    content: str | Annotated[list[AssistantBlock], Field(min_length=1, fail_fast=True)]
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
 class Tool(Strict):
@@ -155,8 +171,8 @@ def asked(body: CountRequest, tokenizer: Tokenizer) -> Asked:
     messages: list[chat.Message] = []
     if body.system:
         messages.append({"role": "system", "content": _texts(body.system)})
-    for i, message in enumerate(body.messages):
-        messages += _messages(message, f"messages[{i}]")
+    for message in body.messages:
+        messages += _messages(message)
     last, prefill = messages[-1], ""
     if last["role"] == "assistant" and "tool_calls" not in last:  # the answer goes on with it
         prefill = messages.pop()["content"]
@@ -186,16 +202,12 @@ def _texts(content: str | list[Any] | None) -> str:
     return "\n".join(b.text for b in content if isinstance(b, TextBlock))
 
 
-def _messages(message: Message, where: str) -> Iterator[chat.Message]:
+def _messages(message: SystemMessage | UserMessage | AssistantMessage) -> Iterator[chat.Message]:
     """One message as templates take them: of an assistant with its calls, of a user each result of a tool before the
     text."""
-    blocks = [] if isinstance(message.content, str) else message.content
+    blocks: list[Any] = [] if isinstance(message.content, str) else list(message.content)
     uses = [b for b in blocks if isinstance(b, ToolUse)]
     results = [b for b in blocks if isinstance(b, ToolResult)]
-    if uses and message.role != "assistant":
-        raise ApiError(400, "'tool_use' blocks belong to the assistant's messages", f"{where}.content")
-    if results and message.role != "user":
-        raise ApiError(400, "'tool_result' blocks belong to the user's messages", f"{where}.content")
     for result in results:
         failed = "Error: " if result.is_error else ""
         yield {"role": "tool", "tool_call_id": result.tool_use_id, "content": failed + _texts(result.content)}

@@ -28,12 +28,12 @@ from etude.errors import Refusal
 from etude.infer.engine import encode_prompt
 from etude.infer.request import Request
 from etude.serve import anthropic, openai
+from etude.serve.address import is_loopback
 from etude.serve.ask import Asked
 from etude.serve.errors import BUG, ApiError, Gone, from_engine, from_validation
 from etude.serve.metrics import Metrics, Record
 from etude.serve.openai_schema import Answer, ChatCompletion, ChatRequest, Completion, CompletionRequest, Strict
 from etude.serve.openai_schema import Message as ChatMessage
-from etude.serve.start import is_loopback
 from etude.serve.stream import Events, Stream
 from etude.serve.tokens import vocabulary
 
@@ -355,19 +355,24 @@ def create_app(server: Server) -> ASGIApp:
 
 
 def _schema(app: FastAPI, server: Server) -> dict[str, Any]:
-    """FastAPI's, with the bodies that it does not read."""
-    if app.openapi_schema is None:
-        whole = FastAPI.openapi(app)
-        _, bodies = models_json_schema([(b, "validation") for b in BODIES], ref_template="#/components/schemas/{model}")
-        known = whole.setdefault("components", {}).setdefault("schemas", {})
-        known |= bodies["$defs"]
-        for body in BODIES:
-            model = known[body.__name__]["properties"]["model"]
-            model |= {"examples": [server.name]}
-            if model.get("type") == "string":
-                model |= {"enum": [server.name]}
-        app.openapi_schema = whole
-    return app.openapi_schema
+    """FastAPI's, with the bodies that it does not read, and with this server's model and context."""
+    app.openapi_schema = None
+    whole = FastAPI.openapi(app)
+    _, bodies = models_json_schema([(b, "validation") for b in BODIES], ref_template="#/components/schemas/{model}")
+    known = whole.setdefault("components", {}).setdefault("schemas", {})
+    known |= bodies["$defs"]
+    for body in BODIES:
+        fields = known[body.__name__]["properties"]
+        for kind in _kinds(fields["model"], "string"):
+            kind["enum"] = [server.name]
+        for name in {"max_tokens", "max_completion_tokens"} & fields.keys() if server.engine is not None else ():
+            for kind in _kinds(fields[name], "integer"):
+                kind["maximum"] = server.context
+    return whole
+
+
+def _kinds(field: dict[str, Any], type: str) -> list[dict[str, Any]]:
+    return [kind for kind in field.get("anyOf", [field]) if kind.get("type") == type]
 
 
 def _add_openai(app: FastAPI, server: Server) -> None:
@@ -396,6 +401,10 @@ def _add_openai(app: FastAPI, server: Server) -> None:
         openai.check_common(body, server.max_n)
         found = await asyncio.to_thread(openai.prompts, body, engine.tokenizer, engine.vocab_size)
         requests = openai.completion_requests(body, found, engine.vocab_size, server.context)
+        if sum(r.n for r in requests) > engine.settings.max_waiting:
+            raise ApiError(
+                400, f"more prompts and choices than the {engine.settings.max_waiting} that may wait", "prompt"
+            )
         stream = server.stream(http, requests)
         n = body.n or 1
         samples = [

@@ -1,6 +1,7 @@
 """The process that serves: it listens while the model loads, and when it is told to end, it lets requests finish."""
 
 import asyncio
+import logging
 import os
 import socket
 import threading
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from etude.serve.address import url_of
 from etude.serve.app import Server, create_app
 from etude.serve.errors import ApiError
 
@@ -97,6 +99,7 @@ def listen(cfg: dict, name: str, keys: list[str], template: str | None, listener
     server = Server(name, keys, **limits)
     process = Process(server, cfg["drain_seconds"])
     threading.Thread(target=_load, args=(cfg, template, process, listener), name="etude-load", daemon=True).start()
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that goes in the middle of an answer
     asyncio.run(process.serve(sockets=[listener]))
     if process.failed is not None:
         raise process.failed
@@ -122,11 +125,6 @@ def _load(cfg: dict, template: str | None, process: Process, listener: socket.so
         return
     seconds = time.monotonic() - begun
     print(f"{server.name} is ready at {url} (context {server.context} tokens, loaded in {seconds:.1f} s)", flush=True)
-
-
-def url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def load_engine(cfg: dict, template: str | None) -> Any:

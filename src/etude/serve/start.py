@@ -1,12 +1,10 @@
 """What serve.py does first: everything that can be refused before the model is loaded."""
 
-import errno
-import ipaddress
 import os
-import socket
 from pathlib import Path
 
 from etude.errors import Refusal
+from etude.serve.address import bind
 
 INSIDE = ("artifacts", "checkpoints", "export", "best", "last")  # folders of a run
 
@@ -63,27 +61,6 @@ def read_template(path: str | None) -> str | None:
         raise Refusal(f"chat_template={path} cannot be read: {error}; give a file with a Jinja template") from None
 
 
-def bind(host: str, port: int, keys: list[str]) -> socket.socket:
-    """Raises Refusal for an address that is taken or not this machine's, or one that others reach without a key."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise Refusal(f"host={host}: {error.strerror or error}; type host=127.0.0.1") from None
-    if not keys and not is_loopback(str(address[0])):
-        raise Refusal(
-            f"host={host} can be reached from other machines, which needs a key: set ETUDE_API_KEYS=<key>, or type key_file=<file>"
-        )
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        what = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror})"
-        raise Refusal(f"port={port} on host={host} {what}; type port=<another>, or port=0 for any") from None
-    return listener
-
-
 def name_of(cfg: dict) -> str:
     """served_name, else the name of the run's folder."""
     if cfg["served_name"]:
@@ -92,12 +69,3 @@ def name_of(cfg: dict) -> str:
     while (path.name in INSIDE or path.name.startswith("step_")) and path.parent.name:
         path = path.parent
     return path.name
-
-
-def is_loopback(host: str) -> bool:
-    if host.lower() == "localhost" or host.lower().endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

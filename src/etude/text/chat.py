@@ -86,9 +86,7 @@ def _render(
     source = template(tokenizer)
     try:
         compiled = _compiled(source, marked)
-        return compiled.render(
-            messages=messages, tools=tools, documents=None, add_generation_prompt=reply, **special
-        )
+        return compiled.render(messages=messages, tools=tools, documents=None, add_generation_prompt=reply, **special)
     except Exception as error:  # a template is somebody's program: it may fail in any way
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise Refusal(f"the chat template refuses: {why}") from None
