@@ -391,7 +391,7 @@ def test_vocabularies_that_cannot_say_it() -> None:
 
 def test_the_package_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(Refusal, match=re.escape("pip install 'etude[guided]'")):
+    with pytest.raises(Refusal, match=re.escape("pip install llguidance")):
         compile_guide(tok.byte([], []), {"regex": "a"})
 
 

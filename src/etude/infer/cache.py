@@ -341,5 +341,5 @@ def choose_backend(
     if asked != "auto":
         return asked
     if device.type == "cpu":
-        return "native" if kernels.available() else "views"
+        return "native" if dtype in (torch.float32, torch.bfloat16) and kernels.available() else "views"
     return "varlen" if shapes and varlen_works(shapes, page_size, dtype, device) else "gather"

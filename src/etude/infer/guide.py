@@ -177,7 +177,7 @@ def _llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise Refusal("guided output needs llguidance: pip install 'etude[guided]'") from None
+        raise Refusal("guided output needs llguidance: pip install llguidance") from None
     return llguidance
 
 

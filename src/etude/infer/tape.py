@@ -3,6 +3,7 @@
 In decoding, Python takes as long as the products: some seven thousand function calls a token. What a forward calls and where
 depends on the number of its rows alone, so it is written down once and run by one call of C."""
 
+from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from etude.infer import kernels
 from etude.infer.cache import Batch
 
 MOST = 32  # rows; with more, Python is no longer what takes time
+KEPT = 12  # tapes, the last ones that were used
 
 
 class Tapes:
@@ -19,7 +21,7 @@ class Tapes:
 
     def __init__(self, twin: Any, cache: Any):
         self.twin, self.cache = twin, cache
-        self.made: dict[tuple[int, int], Tape | None] = {}
+        self.made: OrderedDict[tuple[int, int], Tape | None] = OrderedDict()
 
     def through(self, x: Tensor, batch: Batch) -> Tensor:
         """x (1, N, D), what enters the first block -> final states (1, N, D), valid until the next call."""
@@ -27,9 +29,12 @@ class Tapes:
         if x.shape[1] > MOST or (key in self.made and self.made[key] is None):
             return self.twin.through(x, batch.positions, None, self.cache)[0]
         if (tape := self.made.get(key)) is not None:
+            self.made.move_to_end(key)
             return tape.play(x, batch)
         tape = Tape(self.twin, self.cache, x.clone(), batch)
         self.made[key] = tape if tape.whole else None
+        if len(self.made) > KEPT:  # each holds all that a forward makes
+            self.made.popitem(last=False)
         return tape.out
 
 

@@ -16,7 +16,7 @@ def run(cfg: dict) -> int:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise Refusal(f"serve.py needs {error.name}: pip install 'etude[serve]'") from None
+        raise Refusal(f"serve.py needs {error.name}: pip install fastapi uvicorn prometheus-client") from None
     check_settings(cfg)
     keys = read_keys(cfg)
     template = read_template(cfg["chat_template"])
