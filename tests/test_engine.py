@@ -434,6 +434,33 @@ def test_a_nan_fails_its_own_request() -> None:
     at_rest(e)
 
 
+class Even:
+    """A rule of somebody's own: even tokens only, and none twice."""
+
+    def __init__(self) -> None:
+        self.left = torch.arange(V) % 2 == 0
+
+    def mask(self) -> torch.Tensor:
+        return self.left
+
+    def push(self, token: int) -> None:
+        self.left[token] = False
+
+
+def test_a_rule_of_ones_own() -> None:
+    """Request.allowed hides tokens, of each sample by itself, also where it is preempted; with no token left it ends in an
+    error that says so."""
+    m = made("dense")
+    e = engine(m, pages=9)
+    found = e.generate([[1, 2], [3]], n=2, max_tokens=14, sampling=Sampling(temperature=1.0), allowed=Even)
+    assert all(len(set(c.ids)) == 14 and not any(i % 2 for i in c.ids) for c in found)
+    assert e.stats()["preemptions"] > 0
+    (c,) = engine(m).generate([[1]], max_tokens=V, sampling=GREEDY, allowed=Even)
+    assert len(c.ids) == (V + 1) // 2 and c.finish == "error" and "no token may come next" in str(c.error)
+    with pytest.raises(Refusal, match="guide and allowed both"):
+        Request(prompt=[1], guide={"json": True}, allowed=Even)
+
+
 def test_stray_pieces_are_not_lost() -> None:
     """A request added by hand while `generate` runs gets its pieces at the next step."""
     m = made("dense")

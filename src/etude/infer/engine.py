@@ -23,7 +23,7 @@ from etude.infer.guide import compile_guide
 from etude.infer.pack import pack
 from etude.infer.pages import PagePool
 from etude.infer.request import Completion, EngineDead, Piece, QueueFull, Request
-from etude.infer.sampling import Chooser, Token, choose, score
+from etude.infer.sampling import Chooser, Constraint, Token, choose, score
 from etude.infer.scheduler import Sample, Scheduler
 from etude.infer.tape import Tapes
 from etude.infer.text import Said
@@ -165,7 +165,7 @@ class InferenceEngine:
     def samples(self, request: Request) -> list[Sample]:
         """A request's samples, to be handed to `add`. Touches no state: may be called in any thread. Raises Refusal."""
         self.admit(request)
-        make = None
+        make: Callable[[], Constraint] | None = request.allowed
         if request.guide is not None:
             make = compile_guide(self.tokenizer, request.guide, self._ends(request), self.vocab_size)
         name, order = f"r{next(self._names)}", next(self._order)

@@ -1,10 +1,11 @@
 """What is asked of the engine, and what it answers."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from etude.errors import EtudeError, Refusal
-from etude.infer.sampling import Sampling, Token
+from etude.infer.sampling import Constraint, Sampling, Token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()  # tokens that end it, beside the tokenizer's
     ignore_stop_ids: bool = False  # only stop texts and max_tokens end it
     guide: dict[str, Any] | None = None  # {"json": schema}, {"regex": pattern}, {"grammar": text}: see guide.py
+    allowed: Callable[[], Constraint] | None = None  # a rule of your own, made anew for each sample, instead of a guide
     prompt_logprobs: bool = False  # of each token of the prompt, with as many of the likeliest as sampling.logprobs
     priority: int = 0  # lower ones first
     timeout: float | None = None  # seconds from its arrival on
@@ -29,6 +31,8 @@ class Request:
         for name in ("n", "max_tokens"):
             if getattr(self, name) < 1:
                 raise Refusal(f"{name}={getattr(self, name)} should be at least 1")
+        if self.guide is not None and self.allowed is not None:
+            raise Refusal("guide and allowed both say which tokens may come; give one of them")
         if self.timeout is not None and not self.timeout > 0:
             raise Refusal(f"timeout={self.timeout} should be above 0 seconds")
 
