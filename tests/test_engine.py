@@ -217,6 +217,8 @@ def test_an_attention_that_cannot_cache() -> None:
     for block in m.blocks:
         block.attn.__class__ = type("Own", (type(block.attn),), {"cache_shape": property(lambda self: self.nothing)})
     assert not hasattr(m.blocks[0].attn, "cache_shape")
+    assert InferenceEngine(m, TOKENIZER).pool.n_pages == 1  # of nothing
+    assert InferenceEngine(made("dense"), TOKENIZER).pool.n_pages <= 2**22 // 32
     prompts = ragged(random.Random(5), [7, 3])
     e = engine(m)
     assert [c.ids for c in e.generate(prompts, sampling=GREEDY, max_tokens=9)] == [naive(m, p, 9) for p in prompts]

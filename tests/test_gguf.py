@@ -259,7 +259,7 @@ def test_types(name: str, kind: Q, with_case: Callable[..., Any], tmp_path: Path
     import transformers
 
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
-    model, _ = load(str(tmp_path / "ours"), "cpu", "fp32", ["etude"])
+    model = load(str(tmp_path / "ours"), "cpu", "fp32", ["etude"], {"_target_": "etude.infer.engine.Settings"}).model
     close(model(ids()), again(ids()).logits)
 
 

@@ -116,10 +116,10 @@ def _check(cfg: dict) -> None:
     if cfg["peer"] == "transformers" and importlib.util.find_spec("transformers") is None:
         raise Refusal("peer=transformers is not installed: pip install transformers, or type peer=none")
     if cfg["gguf"] is not None:
-        if importlib.util.find_spec("llama_cpp") is None:
-            raise Refusal("gguf= is timed with llama.cpp: pip install llama-cpp-python, or leave gguf= out")
         if not Path(cfg["gguf"]).expanduser().is_file():
             raise Refusal(f"gguf={cfg['gguf']} is no file; give the .gguf file of the same weights")
+        if importlib.util.find_spec("llama_cpp") is None:
+            raise Refusal("gguf= is timed with llama.cpp: pip install llama-cpp-python, or leave gguf= out")
 
 
 def _check_lengths(cfg: dict, engine: InferenceEngine) -> None:

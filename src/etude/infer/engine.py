@@ -29,6 +29,7 @@ from etude.infer.tape import Tapes
 from etude.infer.text import Said
 from etude.text.tokenizer import Tokenizer
 
+MOST_POSITIONS = 1 << 22  # of a cache: a tiny model's would take longer to make than to use
 HANG = 60.0  # seconds without a step, with work to do, after which the engine counts as dead
 
 
@@ -87,11 +88,7 @@ class InferenceEngine:
         self.backend = choose_backend(self.settings.attention, shapes, size, self.dtype, self.device)
         self.native = self.device.type == "cpu" and self.backend == "native"
         self._check_settings()
-        each = max(1, PagedCache.bytes_per_token(shapes, self.dtype) * size)
-        n_pages = max(1, self.settings.cache_mb * 2**20 // each)
-        if self.context is not None:  # more than all that may run at once is never used
-            n_pages = min(n_pages, self.settings.max_running * -(-self.context // size) * 2)
-        self.pool = PagePool(n_pages, size, self.settings.prefix_cache)
+        self.pool = PagePool(self._pages(shapes), size, self.settings.prefix_cache)
         self.cache = PagedCache(shapes, self.pool, self.dtype, self.device, self.backend)
         windows: list[int | None] = [getattr(a, "window", None) for a in model.attentions()]
         self.window = None if None in windows else max(w for w in windows if w is not None)
@@ -103,6 +100,16 @@ class InferenceEngine:
         self._others: list[Piece] = []  # of requests that were added by hand while `run` was at work
         self._worker: Worker | None = None
         self.last_step = time.monotonic()
+
+    def _pages(self, shapes: list[tuple[int, int, int]]) -> int:
+        """As many as engine.cache_mb holds, but no more than could be of use."""
+        if not self.cached:
+            return 1
+        size = self.settings.page_size
+        n_pages = self.settings.cache_mb * 2**20 // (PagedCache.bytes_per_token(shapes, self.dtype) * size)
+        if self.context is not None:  # more than all that may run at once, and as much of what was there before
+            n_pages = min(n_pages, self.settings.max_running * -(-self.context // size) * 2)
+        return max(1, min(n_pages, MOST_POSITIONS // size))
 
     def _check_settings(self) -> None:
         asked = self.settings
