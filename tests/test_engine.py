@@ -517,6 +517,36 @@ def test_many_callers_at_once(served: InferenceEngine) -> None:
     settled(served)
 
 
+@NATIVE
+def test_two_engines_in_two_threads() -> None:
+    """Each makes what it makes alone, and torch has its threads back afterwards."""
+    models = [made("dense", seed=s) for s in (0, 1)]
+    prompts = ragged(random.Random(12), [5, 9, 3])
+    expected = [[naive(m, p, 40) for p in prompts] for m in models]
+    torch.set_num_threads(2)
+    try:
+        engines = [engine(m, context=64) for m in models]
+
+        async def one(e: InferenceEngine) -> list[list[int]]:
+            asked = [Request(prompt=p, max_tokens=40, sampling=GREEDY) for p in prompts]
+            pieces = await asyncio.gather(*(collect(e, r) for r in asked))
+            return [[t.id for p in some for t in p.tokens] for some in pieces]
+
+        async def both() -> list[list[list[int]]]:
+            return await asyncio.gather(*(one(e) for e in engines))
+
+        for e in engines:
+            e.start()
+        for _ in range(3):
+            assert asyncio.run(both()) == expected
+        for e in engines:
+            e.shutdown()
+        engines[0].generate(prompts, max_tokens=3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_refusals_reach_the_caller(served: InferenceEngine) -> None:
     with pytest.raises(Refusal, match="more than the context of 64"):
         asyncio.run(collect(served, Request(prompt=[1] * 60, max_tokens=10)))

@@ -79,6 +79,7 @@ class InferenceEngine:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings or Settings()
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, dtype or parameter.dtype
+        self.threads = torch.get_num_threads()  # on CPU
         self.limit: int | None = model.position_limit
         self.context, self.crops = context or self.limit, context is None
         self.vocab_size: int = model.vocab_size
@@ -218,7 +219,7 @@ class InferenceEngine:
 
     @torch.inference_mode()
     def _step(self) -> list[Piece]:
-        with kernels.alone() if self.native else contextlib.nullcontext():
+        with kernels.alone(self.threads) if self.native else contextlib.nullcontext():
             return self._compute()
 
     def _compute(self) -> list[Piece]:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from struct import Struct
@@ -187,12 +188,19 @@ def _function(name: str) -> Callable[[bytes], int]:
     return getattr(library, name)
 
 
-_tape: list[tuple[str, bytes]] | None = None  # calls that are written down
+class _Here(threading.local):
+    """Of this thread: engines may run in several."""
+
+    count: int | None = None  # threads that kernels use, where torch has but one
+    tape: list[tuple[str, bytes]] | None = None  # calls that are written down
+
+
+_here = _Here()
 
 
 def _call(name: str, arguments: bytes) -> int:
-    if _tape is not None:
-        _tape.append((name, arguments))
+    if _here.tape is not None:
+        _here.tape.append((name, arguments))
     return _function(name)(arguments)
 
 
@@ -203,26 +211,24 @@ def _call(name: str, arguments: bytes) -> int:
 _LINEAR, _NORM, _ROPE, _GATE, _ATTEND = Struct("10q"), Struct("11qd"), Struct("13q"), Struct("7q"), Struct("35qd")
 _LINEAR_INT8, _ADD = Struct("11q"), Struct("5qd")
 _BF = {torch.float32: 0, torch.bfloat16: 1}
-_count: int | None = None
 
 
 def threads() -> int:
     """How many the kernels use."""
-    return _count or torch.get_num_threads()
+    return _here.count or torch.get_num_threads()
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Within it all threads are the kernels', and torch's own operations have one: its pool's threads go on spinning after
-    each of them, on the cores that the kernels' threads want."""
-    global _count
-    before, _count = _count, threads()
+def alone(count: int) -> Iterator[None]:
+    """Within it `count` threads are the kernels', and torch's own operations have one: its pool's threads go on spinning
+    after each of them, on the cores that the kernels' threads want."""
+    before, _here.count = _here.count, count
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(_count)
-        _count = before
+        torch.set_num_threads(count)
+        _here.count = before
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -545,15 +551,13 @@ class Calls:
     `with Calls() as calls: ...` writes down, `calls.replay(plan)` calls again."""
 
     def __enter__(self) -> "Calls":
-        global _tape
-        assert _tape is None
+        assert _here.tape is None
         self._made: list[tuple[str, bytes]] = []
-        _tape = self._made
+        _here.tape = self._made
         return self
 
     def __exit__(self, *exception: object) -> None:
-        global _tape
-        _tape = None
+        _here.tape = None
         offsets = [0]
         for _, arguments in self._made:
             offsets.append(offsets[-1] + len(arguments))
