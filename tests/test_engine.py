@@ -93,8 +93,14 @@ CHOICES = choices()
 # ---------------------------------------------------------------- against the plain forward
 
 
-@pytest.mark.parametrize("attention", BACKENDS)
-@pytest.mark.parametrize("choice", CHOICES)
+def ways() -> list[Any]:
+    """Every choice by the kernels and by torch's views, every model by the reference too."""
+    native, *others = BACKENDS
+    found = [pytest.param(c, "native", marks=NATIVE, id=f"{c}-native") for c in CHOICES]
+    return found + [pytest.param(c, o, id=f"{c}-{o}") for c in CHOICES for o in others if o == "views" or c in MODELS]
+
+
+@pytest.mark.parametrize("choice,attention", ways())
 def test_greedy_is_the_uncached_forward(choice: str, attention: str) -> None:
     """Mixed lengths, shared beginnings, chunks of at most 9 tokens and a pool so small that samples are preempted. Equal
     tokens could hide logits that are a little off: each log-probability is the forward's, to 1e-4."""

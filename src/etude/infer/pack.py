@@ -26,7 +26,7 @@ Product = Callable[[Tensor], Tensor]  # (..., K) -> (..., N)
 def pack(model: nn.Module, dtype: torch.dtype, quant: Literal["int8"] | None, native: bool) -> Any:
     """The model to compute tokens with in `dtype`, in evaluation mode. `native`: with our kernels; `quant`: linear layers
     but routers in 8 bits. What is neither cast, joined nor quantised stays the model's own storage: call it again when
-    the model has changed."""
+    the model has changed. A class derived from one of ours keeps its own methods."""
     twin: Any = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     _cast(twin, dtype)
     product = functools.partial(_product, quant=quant, native=native)
@@ -36,29 +36,29 @@ def pack(model: nn.Module, dtype: torch.dtype, quant: Literal["int8"] | None, na
         if names := getattr(module, "side_by_side", None):
             layers = [module.get_submodule(n) for n in names]
             joined = product(_rows([x.weight for x in layers]), _biases(layers))
-            if native and isinstance(module, GatedMLP):
+            if native and type(module) is GatedMLP:
                 _own(module, activate=_glu(joined, module.activation))
             else:
                 _own(module, project=functools.partial(_split, joined, [x.out_features for x in layers]))
             for layer in layers:
                 layer.weight = None  # nobody multiplies by it alone
-        if isinstance(module, MoE):
+        if type(module) is MoE:
             router = module.router.weight.float()
             _own(module, router_logits=_linear(router, None) if native else functools.partial(_float_linear, router))
             if native:
                 _own(module, experts=_experts(module, product))
                 if module.score is torch.sigmoid:  # softmax goes row by row
                     _own(module, score=steady(torch.sigmoid))
-        if native and isinstance(module, Block):
+        if native and type(module) is Block:
             _own(module, add=functools.partial(_add, float(module.residual)))
-        if native and isinstance(module, MLP):
+        if native and type(module) is MLP:
             _own(module, act=steady(module.act))
-        if native and isinstance(module, RMSNorm):
+        if native and type(module) is RMSNorm:
             _own(module, forward=functools.partial(_norm, module.weight, module.eps))
-        if native and isinstance(module, (GQA, MLA)) and module.rope is not None:
-            dim = module.rope.dim or (module.rope_dim if isinstance(module, MLA) else module.head_dim)
+        if native and type(module) in (GQA, MLA) and module.rope is not None:
+            dim = module.rope.dim or (module.rope_dim if type(module) is MLA else module.head_dim)
             _own(module, turn=turns.setdefault((module.rope, dim), Turns(module.rope, dim)))
-        if native and isinstance(module, MLA):
+        if native and type(module) is MLA:
             absorb, expand = _absorbed(module)
             _own(module, absorb=absorb, expand=expand)
     if native and twin.logit_cap is not None:
