@@ -95,7 +95,7 @@ CHOICES = choices()
 
 def ways() -> list[Any]:
     """Every choice by the kernels and by torch's views, every model by the reference too."""
-    native, *others = BACKENDS
+    _, *others = BACKENDS
     found = [pytest.param(c, "native", marks=NATIVE, id=f"{c}-native") for c in CHOICES]
     return found + [pytest.param(c, o, id=f"{c}-{o}") for c in CHOICES for o in others if o == "views" or c in MODELS]
 
