@@ -319,15 +319,6 @@ def test_a_later_row_never_shows(variant: str) -> None:
     assert torch.equal(y[:7], good[:7]) and y[7:].isnan().all()
 
 
-def test_store_writes_what_attend_writes(variant: str) -> None:
-    a, b = Sequences([50]), Sequences([50])
-    a.attend([(0, 0, 50)])
-    kernels.store(b.k[0], b.v[0], b.k_cache, b.v_cache, torch.from_numpy(b.slots(0, 0, 50)))
-    assert torch.equal(a.k_cache.nan_to_num(7), b.k_cache.nan_to_num(7))
-    assert a.v_cache is not None and b.v_cache is not None
-    assert torch.equal(a.v_cache.nan_to_num(7), b.v_cache.nan_to_num(7))
-
-
 # ------------------------------------------------------------------------------------------------ compiling
 
 

@@ -93,7 +93,7 @@ class InferenceEngine:
         self.cache = PagedCache(shapes, self.pool, self.dtype, self.device, self.backend)
         windows: list[int | None] = [getattr(a, "window", None) for a in model.attentions()]
         self.window = None if None in windows else max(w for w in windows if w is not None)
-        self.scheduler = Scheduler(self.pool, self.settings.step_tokens, self.settings.max_running, self.limit)
+        self.scheduler = Scheduler(self.pool, self.settings.step_tokens, self.settings.max_running)
         self.version = 0
         self._pack()
         self._names, self._order = itertools.count(), itertools.count()
@@ -328,7 +328,6 @@ class InferenceEngine:
         told: tuple[Token, ...] = (),
         error: str | None = None,
     ) -> Piece:
-        s.finish = finish
         self.scheduler.remove(s)
         self._counts[f"finished_{finish}"] += 1
         text += s.said.flush()

@@ -813,7 +813,7 @@ static void store(const Attend *a, i64 row) {
         memcpy(a->k_cache + (slot * a->k_slot + h * a->k_cache_head) * size, a->k + (row * a->k_row + h * a->k_head) * size, a->Dk * size);
         if (a->stored_v) memcpy(a->v_cache + (slot * a->v_slot + h * a->v_cache_head) * size, a->v + (row * a->v_row + h * a->v_head) * size, a->Dv * size);
     }
-    if (slot < 0 && a->out) memset(a->out + row * a->H * a->Dv * size, 0, a->H * a->Dv * size);
+    if (slot < 0) memset(a->out + row * a->H * a->Dv * size, 0, a->H * a->Dv * size);
 }
 
 typedef struct { const Attend *a; float *states; } AttendJob;
@@ -853,11 +853,6 @@ int attend(const Attend *a) {  // -> 0, or 1 if there is no memory
     together(attend_piece, &job, a->n_tasks * a->H_kv, a->threads);
     together(merge_piece, &job, evenly(a->N * a->H / 16, a->threads), a->threads);
     free(states);
-    return 0;
-}
-
-int store_rows(const Attend *a) {
-    for (i64 i = 0; i < a->N; i++) store(a, i);
     return 0;
 }
 

@@ -174,7 +174,7 @@ def _test(library: Path) -> str:
 def _open(path: Path | str) -> Any:
     # PyDLL keeps the GIL: a call takes microseconds, and giving it up three hundred times a step would have it fought for.
     library = ctypes.PyDLL(str(path))
-    for name in ("linear", "linear_int8", "rms_norm", "rope", "glu", "attend", "store_rows", "add", "replay"):
+    for name in ("linear", "linear_int8", "rms_norm", "rope", "glu", "attend", "add", "replay"):
         getattr(library, name).argtypes = [ctypes.c_char_p]
         getattr(library, name).restype = ctypes.c_int
     return library
@@ -457,12 +457,6 @@ def attend(
     return y
 
 
-def store(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor) -> None:
-    """What `attend` does first."""
-    width = k.shape[-1] if v is None else v.shape[-1]
-    _call("store_rows", _pack(k, k, v, k_cache, v_cache, slots, 0, None, 1.0, None, width, 1))
-
-
 def _pack(
     q: Tensor,
     k: Tensor,
@@ -471,7 +465,7 @@ def _pack(
     v_cache: Tensor | None,
     slots: Tensor,
     out: int,
-    plan: Plan | None,
+    plan: Plan,
     scale: float,
     window: int | None,
     dv: int,
@@ -495,11 +489,7 @@ def _pack(
             v_cache.stride(),
         )
         assert dv == 1 or v_one == v_cache_one == 1
-    made = (
-        (*plan.pointers, plan.scratch(H, dv), len(plan.tasks), plan.tables.shape[1], plan.page_size)
-        if plan
-        else (0,) * 9
-    )
+    made = *plan.pointers, plan.scratch(H, dv), len(plan.tasks), plan.tables.shape[1], plan.page_size
     return _ATTEND.pack(
         q.data_ptr(),
         k.data_ptr(),
@@ -531,9 +521,6 @@ def _pack(
         threads,
         scale,
     )
-
-
-# ------------------------------------------------------------------------------------------------ self-test
 
 
 # ------------------------------------------------------------------------------------------------ whole forwards
@@ -582,6 +569,9 @@ class Calls:
             _THREADS.pack_into(self._arguments, at + _THREADS_AT, count)
         if _function("replay")(self._calls):
             raise MemoryError("no memory to attend or to quantise")
+
+
+# ------------------------------------------------------------------------------------------------ self-test
 
 
 def self_test() -> None:

@@ -26,7 +26,6 @@ class Sample:
         self.whole = whole
         self.cached_tokens: int | None = None  # of the prompt; None before its first step
         self.prompt_tokens: list[Token] = []  # with prompt_logprobs
-        self.finish: str | None = None
 
     @property
     def n_out(self) -> int:
@@ -46,8 +45,8 @@ class Scheduler:
     long as a sample's prompt has room. Where pages run out, the last in order gives its own back and is computed again
     later: no sample is lost, and none changes by it."""
 
-    def __init__(self, pool: PagePool, step_tokens: int, max_running: int, limit: int | None):
-        self.pool, self.step_tokens, self.max_running, self.limit = pool, step_tokens, max_running, limit
+    def __init__(self, pool: PagePool, step_tokens: int, max_running: int):
+        self.pool, self.step_tokens, self.max_running = pool, step_tokens, max_running
         self.waiting: list[Sample] = []
         self.running: list[Sample] = []
         self.preemptions = 0
