@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -91,10 +92,13 @@ def etude_run() -> Callable[..., subprocess.CompletedProcess[str]]:
         timeout: float = 120,
     ) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([*([str(before)] if before else []), str(ROOT / "src")])
+        environment = os.environ | {"PYTHONPATH": path} | (env or {})
+        if before is None:
+            return forked.run([script, *overrides], ROOT, environment, input, timeout)
         return subprocess.run(
             [sys.executable, script, *overrides],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": path} | (env or {}),
+            env=environment,
             stdin=subprocess.DEVNULL if input is None else None,
             input=input,
             capture_output=True,

@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
+
+from forked import Forked, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,27 +41,14 @@ def tiny(folder: Path, **changes: object) -> list[str]:
 
 
 def train(*overrides: str, check: bool = True, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides],
-        cwd=cwd,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = run([str(ROOT / "train.py"), *overrides], cwd, environment(**env))
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def start(*overrides: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "train.py", *overrides],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(*overrides: str) -> Forked:
+    """train.py, its output and errors in one."""
+    return Forked(["train.py", *overrides], ROOT, environment(), joined=True)
 
 
 def run_in(folder: Path) -> Path:
@@ -79,9 +67,6 @@ def metrics(run: Path) -> list[dict]:
 def identity(run: Path) -> tuple[dict[str, str], list[tuple]]:
     """What two equal runs share to the bit: weights, optimizer, and every logged loss, rate and batch."""
     last = run / "artifacts" / "checkpoints" / "last"
-    hashes = {
-        name: hashlib.sha256((last / name).read_bytes()).hexdigest()
-        for name in ("model.safetensors", "optimizer.safetensors")
-    }
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.glob("*.safetensors")}
     names = ("step", "train/loss", "lr", "batch", "grad_norm", "val/loss", "val/full_loss", "tokens")
     return hashes, [tuple(m.get(n) for n in names) for m in metrics(run)]

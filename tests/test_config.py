@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from etude.cli import TEXT_KEYS, flags_first, quote
-from etude.config import CONF, Train, build, check, check_all, check_targets, nodes
+from etude.config import CONF, Train, build, check, check_all, check_targets, choosing, nodes
 from etude.errors import Refusal
 from etude.signature import fits, signature
 
@@ -50,8 +50,7 @@ CHOICES = [choice_of(p) for p in sorted(CONF.rglob("*.yaml")) if p.parent != CON
 @pytest.mark.parametrize("group,choice", CHOICES)
 def test_every_argument_is_written_out(group: str, choice: str) -> None:
     """An argument that only the code knows could not be overridden without `+`, nor be found in a run's config."""
-    script = "bench" if group == "engine" else "train"  # training has no engine of its own
-    cfg = composed(script, f"{group}={choice}", *NEEDS.get(choice, []))
+    cfg = composed("train", *choosing(group, choice), *NEEDS.get(choice, []))
     seen = 0
     for path, node in nodes(OmegaConf.to_container(cfg)):
         wanted = {p.name for p in signature(node["_target_"]).params.values() if p.keyword_only}

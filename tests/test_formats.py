@@ -34,7 +34,19 @@ from test_chat import (  # fmt: skip
 
 from etude.data import encode as enc
 from etude.data.encode import TRAIN_ON, Document, encode, words
-from etude.data.formats import FORMATS, KEYS, KINDS, TAKES, BadRow, Example, check_format, normalise, parse
+from etude.data.formats import (  # fmt: skip
+    CALLED,
+    FORMATS,
+    KEYS,
+    KINDS,
+    STRATEGIES,
+    TAKES,
+    BadRow,
+    Example,
+    check_format,
+    normalise,
+    parse,
+)
 from etude.errors import Refusal
 from etude.text import chat
 from etude.text import tokenizer as tok
@@ -105,6 +117,14 @@ GOOD = [
     ("prompts", {"prompt": [S, Q], "answer": None}, Example([S, Q], [], {"answer": None})),
     ("prompts", {"messages": [Q, A, Q]}, Example([Q, A, Q], [])),
     ("prompts", {"prompt": Q}, Example([Q], [])),
+    ("groups", {"prompt": "q", "completions": ["a", "b "], "rewards": [1, -0.5], "id": 3}, Example("q", ["a", "b "], {"rewards": [1.0, -0.5]})),
+    ("groups", {"prompt": "q", "responses": ["a", "a", "b"], "rewards": [None, 2, None]}, Example("q", ["a", "a", "b"], {"rewards": [None, 2.0, None]})),
+    ("groups", {"prompt": [S, Q], "completions": ["a", [B], A], "rewards": [0, 0, 0]}, Example([S, Q], [[A], [B], [A]], {"rewards": [0.0] * 3})),
+    ("groups", {"prompt": "q", "completions": [[A], "b"], "rewards": [1, 2]}, Example([Q], [[A], [B]], {"rewards": [1.0, 2.0]})),
+    ("groups", {"prompt": [Q], "completions": [[Q, A], [B, Q, A]], "rewards": [1, 2]}, Example([Q], [[A], [B, Q, A]], {"rewards": [1.0, 2.0]})),
+    # A label beside a completion is KTO's where it is true or false alone.
+    ("chats", {"prompt": "q", "completion": "a", "label": "math"}, Example("q", ["a"])),
+    ("prompts", {"prompt": "q", "completion": "a", "label": True}, Example("q", [], {"completion": "a", "label": True})),
 ]  # fmt: skip
 
 
@@ -133,6 +153,7 @@ def test_the_named_format_wins() -> None:
     row = {"text": "x", "messages": [Q, A], "prompt": "p", "completion": "c"}
     assert normalise(row, "chats", "text") == Example("", ["x"])
     assert normalise(row, "chats", "completion") == Example("p", ["c"])
+    assert normalise({"prompt": "q", "completion": "a", "label": False}, "chats", "completion") == Example("q", ["a"])
 
 
 RENAMED = [
@@ -143,6 +164,7 @@ RENAMED = [
     ("chats", {"instruction": "q", "output": "a"}, {"input": "context"}, chats(Q, A)),
     ("pairs", {"q": "q", "good": "a", "bad": "b"}, {"prompt": "q", "chosen": "good", "rejected": "bad"}, Example("q", ["a", "b"])),
     ("prompts", {"problem": "q", "solution": "4"}, {"prompt": "problem", "answer": "solution"}, Example("q", [], {"answer": "4"})),
+    ("groups", {"problem": "q", "outputs": ["a", "b"], "scores": [1, 0]}, {"prompt": "problem", "completions": "outputs", "rewards": "scores"}, Example("q", ["a", "b"], {"rewards": [1.0, 0.0]})),
 ]  # fmt: skip
 
 
@@ -153,8 +175,9 @@ def test_keys_by_another_name(kind: str, row: dict[str, Any], rename: dict[str, 
 
 def test_tables_fit_together() -> None:
     """Every format has keys and a kind, every kind a strategy; formats and kinds are the documented ones."""
-    assert KINDS == ("text", "chats", "pairs", "prompts")
-    assert set(FORMATS) == {"auto", "text", "messages", "sharegpt", "alpaca", "completion", "preference", "prompt"}
+    assert KINDS == ("text", "chats", "pairs", "prompts", "groups")
+    assert set(FORMATS) == {"auto", "text", "messages", "sharegpt", "alpaca", "completion", "preference", "prompt", "group"}  # fmt: skip
+    assert STRATEGIES.keys() == set(KINDS) and CALLED.keys() == set(KEYS)
     assert {f for formats in TAKES.values() for f in formats} == set(KEYS) == set(FORMATS) - {"auto"}
 
 
@@ -174,6 +197,7 @@ def test_formats_that_there_are_not() -> None:
 # ---------------------------------------------------------------- mistakes
 
 LONE = "ab\ud83d"
+KTO = "label says whether the completion is good (KTO), which is not supported: make pairs of the rows with the same prompt, the true one chosen and the false one rejected, for data=pairs strategy=dpo"
 BAD = [
     ("chats", {"messages": [Q, {"role": "assistant", "content": None}]}, "messages[1].content is null"),
     ("chats", {"messages": [Q, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]}, "messages[1] has tool calls, which are not supported here: leave such chats out"),
@@ -238,6 +262,31 @@ BAD = [
     ("prompts", {"prompt": "q", "answer": {1, 2}}, "the keys beside prompt cannot be kept as JSON: Object of type set is not JSON serializable; leave them out of the file"),
     ("prompts", {"prompt": "q", "answer": float("nan")}, "the keys beside prompt cannot be kept as JSON: Out of range float values are not JSON compliant; leave them out of the file"),
     ("prompts", {"prompt": "q", "answer": b"x"}, "the keys beside prompt cannot be kept as JSON: Object of type bytes is not JSON serializable; leave them out of the file"),
+    ("groups", {"prompt": "q", "completions": ["a", "b"], "rewards": [1]}, "completions and rewards differ in number: 2 and 1; give each completion one"),
+    ("groups", {"prompt": "q", "responses": [], "rewards": [1]}, "responses and rewards differ in number: 0 and 1; give each completion one"),
+    ("groups", {"prompt": "q", "responses": ["a"], "rewards": [1]}, "responses has fewer than two: completions are compared with each other"),
+    ("groups", {"prompt": "q", "completions": [], "rewards": []}, "completions has fewer than two: completions are compared with each other"),
+    ("groups", {"prompt": "q", "completions": "ab", "rewards": [1, 2]}, "completions is a string, not a list"),
+    ("groups", {"prompt": "q", "completions": ["a", "b"], "rewards": 1}, "rewards is a number, not a list"),
+    ("groups", {"prompt": "q", "completions": ["a", "b"], "rewards": [None, None]}, "rewards are all null: there is nothing to learn"),
+    ("groups", {"prompt": "q", "completions": ["a", "b"], "rewards": [1, "2"]}, "rewards[1] is a string, not a number or null"),
+    ("groups", {"prompt": "q", "completions": ["a", "b"], "rewards": [True, False]}, "rewards[0] is true or false, not a number or null"),
+    ("groups", {"prompt": "q", "completions": ["a", "b"], "rewards": [0, float("nan")]}, "rewards[1] is not finite: nan; write null where there is none"),
+    ("groups", {"prompt": "q", "completions": ["a", "b"], "rewards": [float("-inf"), 1]}, "rewards[0] is not finite: -inf; write null where there is none"),
+    ("groups", {"prompt": "q", "completions": ["a", "b"], "rewards": [1e39, 1]}, "rewards[0] is not finite: 1e+39; write null where there is none"),
+    ("groups", {"prompt": "q", "completions": ["a", "b"], "rewards": [10**500, 1]}, f"rewards[0] is not finite: 1{'0' * 39}; write null where there is none"),
+    ("groups", {"prompt": "q", "completions": ["a", ""], "rewards": [1, 2]}, "completions[1] is empty"),
+    ("groups", {"prompt": "q", "completions": ["a", "\n"], "rewards": [1, 2]}, "completions[1] is only white space"),
+    ("groups", {"prompt": "q", "completions": ["a", None], "rewards": [1, 2]}, "completions[1] is null, not a list of messages"),
+    ("groups", {"prompt": [Q], "completions": ["a", [Q]], "rewards": [1, 2]}, "completions[1] has no turn of the assistant: there is nothing to learn"),
+    ("groups", {"prompt": [Q], "completions": ["a", [{"role": "robot", "content": "b"}]], "rewards": [1, 2]}, "completions[1][0].role is unknown: 'robot'; there is: assistant, bing, chatgpt, developer, gpt, human, model, system, tool, user"),
+    ("groups", {"prompt": "", "completions": ["a", "b"], "rewards": [1, 2]}, "prompt is empty"),
+    ("groups", {"prompt": [Q, A], "completions": ["a", "b"], "rewards": [1, 2]}, "prompt ends with a turn of the assistant, so there is nothing to answer; it should end with the user's"),
+    ("groups", {"prompt": "q", "completions": ["a", "b"], "reward": [1, 2]}, "the row lacks keys for data=groups; keys found: prompt, completions, reward; keys expected: prompt + completions + rewards, prompt + responses + rewards; did you mean rewards? Type data.rename={rewards: reward}"),
+    ("groups", {"prompt": "q", "chosen": "a", "rejected": "b"}, "the row lacks keys for data=groups; keys found: prompt, chosen, rejected; keys expected: prompt + completions + rewards, prompt + responses + rewards; this is a preference row: use data=pairs strategy=dpo, or name the keys with data.rename={prompt: ..., completions: ..., rewards: ...}"),
+    ("chats", {"prompt": "q", "completions": ["a", "b"], "rewards": [1, 2]}, "the row lacks keys for data=chats; keys found: prompt, completions, rewards; keys expected: messages, conversations, conversation, prompt + completion, prompt + response, question + answer, instruction + output, text; this is a group of completions with rewards: use data=groups strategy=grpo, or name the keys with data.rename={messages: completions}"),
+    ("chats", {"prompt": "q", "completion": "a", "label": False}, f"{KTO}, or train on all of them alike with data.format=completion"),
+    ("pairs", {"prompt": [Q], "completion": [A], "label": True}, f"the row lacks keys for data=pairs; keys found: prompt, completion, label; keys expected: chosen + rejected; {KTO}"),
     # Rows without the keys: what there is, what there should be, and what to type.
     ("text", {"content": "x", "id": 5}, "the row lacks keys for data=text; keys found: content, id; keys expected: text; name the keys with data.rename={text: content}"),
     ("text", {"Text": "x"}, "the row lacks keys for data=text; keys found: Text; keys expected: text; did you mean text? Type data.rename={text: Text}"),
@@ -385,7 +434,8 @@ def test_garbage_is_a_bad_row_or_an_example() -> None:
     reasons = set()
     for _ in range(30_000):
         kind = rng.choice(KINDS)
-        row = garbage(rng) if rng.random() < 0.5 else spoilt(rng, rng.choice(GOOD)[1])
+        good = [g for g in GOOD if g[0] == kind] if rng.random() < 0.5 else GOOD
+        row = garbage(rng) if rng.random() < 0.5 else spoilt(rng, rng.choice(good)[1])
         rename = rng.choice([None, None, None, {"text": "x"}, {"messages": "text", "prompt": ""}])
         try:
             passed[kind].append(normalise(row, kind, rng.choice(["auto", *TAKES[kind]]), rename))
@@ -400,7 +450,9 @@ def test_garbage_is_a_bad_row_or_an_example() -> None:
             assert all(isinstance(w, str) for w in words(example))
             if isinstance(documents, BadRow):
                 continue
-            assert len(documents) == (2 if kind == "pairs" else 1)
+            assert len(documents) == max(len(example.answers), 1)
+            if kind == "groups":
+                assert len(documents) == len(example.fields["rewards"]) >= 2
             for d in documents:
                 assert d.ids.dtype == np.uint32 and d.targets.dtype == np.bool_ and d.ids.shape == d.targets.shape
                 assert len(d.ids) and d.targets.any() == (kind != "prompts") and d.ids.max() < tokenizer.vocab_size
@@ -596,6 +648,26 @@ def test_pairs_of_chats() -> None:
     implicit = encoded(normalise({"chosen": "Q: q A: yes", "rejected": "Q: q A: no"}, "pairs"), tokenizer, "pairs")
     assert [tokenizer.decode(d.ids) for d in implicit] == [f"Q: q A: yes{EOS}", f"Q: q A: no{EOS}"]
     assert [learnt(d, tokenizer) for d in implicit] == [f" yes{EOS}", f" no{EOS}"]
+
+
+def test_groups_are_prompts_with_each_completion() -> None:
+    """As pairs, of any number; the same completion may come twice. Each begins with the ids that a rollout begins with."""
+    tokenizer = byte()
+    plain = normalise({"prompt": "q", "completions": ["ab", "c", "c"], "rewards": [1, 0, 0]}, "groups")
+    documents = encoded(plain, tokenizer, "groups")
+    assert [tokenizer.decode(d.ids) for d in documents] == [f"qab{EOS}", f"qc{EOS}", f"qc{EOS}"]
+    assert [learnt(d, tokenizer) for d in documents] == [f"ab{EOS}", f"c{EOS}", f"c{EOS}"]
+    chatty = normalise({"prompt": [S, Q], "completions": ["a", [B]], "rewards": [1, 0]}, "groups")
+    documents = encoded(chatty, tokenizer, "groups", "all")
+    assert [learnt(d, tokenizer) for d in documents] == [f"a{IM_END}", f"b{IM_END}"]
+    for example, several in ((plain, encoded(plain, tokenizer, "groups")), (chatty, documents)):
+        [asking] = encoded(Example(example.prompt, []), tokenizer, "prompts")
+        for document in several:
+            n = len(asking.ids)
+            assert document.ids[:n].tolist() == asking.ids.tolist()
+            assert not document.targets[:n].any() and document.targets[n]
+    [silent] = encode([normalise({"prompt": [Q], "completions": ["a", "b"], "rewards": [1, 0]}, "groups")], with_template("{% for m in messages %}{{ m['content'] }}{% generation %}{% endgeneration %}{% endfor %}"), "groups")  # fmt: skip
+    assert str(silent) == "no target: no token of the row is to be predicted from one before it"
 
 
 def test_prompts_end_where_the_answer_begins() -> None:

@@ -31,7 +31,7 @@ from etude.data.mixture import Mixture
 from etude.data.order import Mixed, Order, proportions
 from etude.data.pack import pack
 from etude.data.prepare import Preparation, Prepared, cached, open_prepared, prepare
-from etude.data.rows import Chats, Pairs, Prompts
+from etude.data.rows import Chats, Groups, Pairs, Prompts
 from etude.data.store import Memory
 from etude.data.stored import H5, Bin
 from etude.data.text import Stdlib, Text
@@ -45,12 +45,13 @@ BYTE = Maker("byte", tok.byte)
 LOADING = dict(seq_len=48, stride=None, isolate_documents=False, drop_last=False, workers=0, prefetch=2)
 ROWS = dict(val_fraction=0.2, format="auto", rename={}, on_error="raise", duplicates="keep", split="hash")
 PLAIN = dict(layout="windows", overlong="split", order="random", separator=None)
-MADE = dict(n=1, rows_seed=0)
+MADE = dict(n=1, rows_seed=0, task="mixed", digits=None, operations=None)
 NODES: dict[str, tuple[type, dict[str, Any]]] = {
     "text": (Text, PLAIN),
     "chats": (Chats, MADE | dict(layout="packed", overlong="right", order="shuffle", train_on="assistant")),
     "pairs": (Pairs, MADE | dict(layout="documents", overlong="right", order="shuffle")),
     "prompts": (Prompts, MADE | dict(layout="documents", overlong="drop", order="shuffle")),
+    "groups": (Groups, MADE | dict(layout="documents", overlong="drop", order="shuffle")),
 }
 
 
@@ -81,7 +82,7 @@ def conversation(rng: random.Random, longest: int = 60) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of every kind: a text, texts, chats, preferences and prompts."""
+    """Files of every kind: a text, texts, chats, preferences, prompts and groups."""
     folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
     (folder / "text.txt").write_text("\n\n".join(varied_text(400, i) for i in range(40)))
     lines(folder / "texts.jsonl", [{"text": sentences(rng, 90)} for _ in range(150)])
@@ -90,7 +91,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines(folder / "pairs.jsonl", [{k: sentences(rng, 25) + k for k in pair} for _ in range(120)])
     prompts = [{"prompt": sentences(rng, 40), "answer": i, "more": {"é": [None, 0.5]}} for i in range(90)]
     lines(folder / "prompts.jsonl", prompts)
+    lines(folder / "groups.jsonl", [group(rng, sentences(rng, 25)) for _ in range(90)])
     return folder
+
+
+def group(rng: random.Random, prompt: str) -> dict:
+    n = rng.randint(2, 5)
+    rewards = [rng.choice((0, 1, -0.1, 1e-3)), *rng.choices((None, 0.5, 2), k=n - 1)]
+    return {"prompt": prompt, "completions": [sentences(rng, 30) for _ in range(n)], "rewards": rewards}
 
 
 def ready(folder: Path, data: Any) -> list[Prepared]:
@@ -164,9 +172,14 @@ def test_standard_library_packs_well(tmp_path: Path) -> None:
 
 
 def handmade(
-    kind: str, documents: list[list[int]], masks: list[list[int]] | None = None, fields: list[Any] | None = None
+    kind: str,
+    documents: list[list[int]],
+    masks: list[list[int]] | None = None,
+    fields: list[Any] | None = None,
+    rewards: list[list[float]] | None = None,
 ) -> Prepared:
-    """Documents of these ids, of which `masks` says what are targets, as both splits. Id 0 is the end token."""
+    """Documents of these ids, of which `masks` says what are targets, as both splits; `rewards` are a list for each group.
+    Id 0 is the end token."""
     arrays: dict[str, Any] = {
         "tokens": np.array(list(itertools.chain(*documents)), dtype=np.uint32),
         "ends": np.cumsum([len(d) for d in documents], dtype=np.int64),
@@ -177,6 +190,9 @@ def handmade(
         texts = [json.dumps(f, ensure_ascii=False).encode() for f in fields]
         arrays["fields"] = np.frombuffer(b"".join(texts), dtype=np.uint8)
         arrays["fields_ends"] = np.cumsum([len(t) for t in texts], dtype=np.int64)
+    if rewards is not None:
+        arrays["rewards"] = np.array(list(itertools.chain(*rewards)), dtype=np.float32)
+        arrays["groups_ends"] = np.cumsum([len(r) for r in rewards], dtype=np.int64)
     meta = {"kind": kind, "source": "by hand", "files": 1, "vocab_size": 10**6, "eos": 0, "dropped": {}}
     meta |= {f"{split}_tokens": len(arrays["tokens"]) for split in ("train", "val")}
     store = Memory({f"{split}/{name}": [a] for split in ("train", "val") for name, a in arrays.items()})
@@ -301,6 +317,84 @@ def test_pairs_are_rows_chosen_then_rejected(overlong: str) -> None:
     assert unpacked(some) == [*expected[5], *expected[0]]
 
 
+@pytest.mark.parametrize("overlong", ["right", "left", "drop"])
+def test_groups_stay_together(overlong: str) -> None:
+    """A group of any size is a sample: its completions in rows behind each other, each with its reward; it goes when one of
+    them does, and the numbers of groups begin at 0 in every batch."""
+    rng = random.Random(6)
+    sizes = [rng.randint(2, 6) for _ in range(80)]
+    documents = numbered(
+        [rng.choice((3, 5, 9, 16, 17, 18) if rng.random() < 0.9 else (40,)) for _ in range(sum(sizes))]
+    )
+    masks = [[0, 0, *([1] * (len(d) - 2))] for d in documents]
+    for i in rng.sample(range(len(masks)), 8):
+        masks[i] = [1] + [0] * (len(masks[i]) - 1)
+    rewards = [[math.nan if rng.random() < 0.2 else rng.random() for _ in range(n)] for n in sizes]
+    prepared = handmade("groups", documents, masks, rewards=rewards)
+    data = Documents(prepared, "train", node("groups", "unused", seq_len=16, overlong=overlong))
+    every = iter([cut(d, m, 16, overlong) for d, m in zip(documents, masks)])
+    groups = [([next(every) for _ in range(n)], given) for n, given in zip(sizes, rewards)]
+    expected = [([c[0] for c in several], given) for several, given in groups if all(several)]
+    assert 20 < len(data) == len(expected) < 80
+
+    def found(batch: Batch) -> list[tuple[list, list[float]]]:
+        assert batch.keys() == {"tokens", "targets", "doc_ids", "group", "rewards"}
+        assert batch["group"].dtype == torch.int64 and batch["rewards"].dtype == torch.float32
+        assert not (batch["doc_ids"] > 0).any(), "one completion a row"
+        numbers, rows = batch["group"].tolist(), [row[0] for row in unpacked(batch)]
+        assert numbers == sorted(numbers) and set(numbers) == set(range(numbers[-1] + 1))
+        at = [[r for r, n in enumerate(numbers) if n == g] for g in range(numbers[-1] + 1)]
+        return [([rows[r] for r in g], [batch["rewards"][r].item() for r in g]) for g in at]
+
+    same = lambda a, b: a[0] == b[0] and np.allclose(a[1], b[1], equal_nan=True)  # noqa: E731
+    whole = [g for batch in data.whole(3) for g in found(batch)]
+    assert all(map(same, whole, expected)) and len(whole) == len(expected)
+    some = found(data.__getitems__([7, 0, 7]))
+    assert len(some) == 3 and all(map(same, some, [expected[i] for i in (7, 0, 7)]))
+    estimate = [g for batch in data.fixed(5, 2) for g in found(batch)]
+    assert len(estimate) == 5 and same(estimate[0], expected[0]) and same(estimate[-1], expected[-1])
+    assert data.tokens_per_sample == pytest.approx(sum(len(x) for rows, _ in whole for x, _ in rows) / len(whole))
+    assert data.prompts(2) == [
+        rows[0][0][: next(t for t, y in enumerate(rows[0][1]) if y >= 0) + 1] for rows, _ in expected[:2]
+    ]
+
+    lengths = iter([len(d) > 17 for d in documents])
+    long = [[next(lengths) for _ in range(n)] for n in sizes]
+    cuts = sum(map(any, long)) if overlong == "drop" else sum(map(sum, long))
+    name = {"right": ", cut on the right", "left": ", cut on the left", "drop": ""}[overlong]
+    hopeless = 80 - len(expected) - (cuts if overlong == "drop" else 0)
+    assert data.dropped == {f"overlong{name}": cuts, "no target": hopeless} and hopeless
+
+
+def test_a_prompt_that_fills_the_window_leaves_no_group() -> None:
+    """Cut on the right nothing is left of any completion: the group goes, and is counted."""
+    documents, masks = (
+        numbered([20, 22, 9, 8]),
+        [[0] * 17 + [1] * 3, [0] * 17 + [1] * 5, [0, 1] + [1] * 7, [0, 1] + [1] * 6],
+    )
+    prepared = handmade("groups", documents, masks, rewards=[[1.0, 0.0], [math.nan, 2.0]])
+    batches = reader(
+        node("groups", "unused", seq_len=16, overlong="right"), [prepared], batch_size=1, micro_batch_size=1
+    )
+    assert batches.train.dropped == {"overlong, cut on the right": 2, "no target": 1}
+    assert batches.train.__getitems__([0])["rewards"].tolist() == pytest.approx([math.nan, 2.0], nan_ok=True)
+    assert batches.accounts() == [
+        "1 rows in 1 samples of 2 to 2 completions, 1 without signal (rewards all alike); 2 overlong, cut on the right; 1 no target"
+    ]
+    with pytest.raises(Refusal, match=r"no usable row is left in the train split of by hand \(2 overlong\)"):
+        Documents(prepared, "train", node("groups", "unused", seq_len=6, overlong="drop"))
+    with pytest.raises(Refusal, match="document 1 of the train split has 20 tokens and data.seq_len=16"):
+        Documents(prepared, "train", node("groups", "unused", seq_len=16, overlong="error"))
+
+
+def test_groups_that_do_not_fit_the_documents_are_refused() -> None:
+    """A file that somebody made by hand: rewards for other documents than there are."""
+    for rewards in ([[1.0, 0.0], [1.0, 0.0, 2.0]], [[1.0, 0.0]]):
+        prepared = handmade("groups", numbered([5] * 4), [[1] * 5] * 4, rewards=rewards)
+        with pytest.raises(Refusal, match="by hand: the groups of the train split are damaged: make them again"):
+            Documents(prepared, "train", node("groups", "unused"))
+
+
 def test_prompts_keep_their_fields() -> None:
     """Whole prompts without targets, beside each its row's other keys, also where some are left out."""
     rng = random.Random(4)
@@ -374,8 +468,8 @@ def test_unusable_rows_are_refused() -> None:
     with pytest.raises(Refusal, match="document 1 of the train split has 30 tokens"):  # the pair's number
         data = node("pairs", "unused", seq_len=8, overlong="error")
         Documents(handmade("pairs", long, ones), "train", data)
-    for kind in ("pairs", "prompts"):
-        prepared = handmade(kind, long, ones, [{}] * 4 if kind == "prompts" else None)
+    for kind in ("pairs", "prompts", "groups"):
+        prepared = handmade(kind, long, ones, [{}] * 4 if kind == "prompts" else None, [[1.0, 0.0]] * 2)
         with pytest.raises(Refusal, match=f"{kind} cannot be split: set data.overlong to right, left or drop"):
             Documents(prepared, "train", node(kind, "unused", seq_len=8, overlong="split"))
         for layout, message in (
@@ -512,6 +606,10 @@ def preferences(folder: Path, **settings: Any) -> Pairs:
     return node("pairs", folder / "pairs.jsonl", **settings)
 
 
+def judged(folder: Path, **settings: Any) -> Groups:
+    return node("groups", folder / "groups.jsonl", **settings)
+
+
 def mixed(folder: Path, **settings: Any) -> Mixture:
     """Windows without documents, packed ones, and padded ones, whose rows have several widths."""
     sources = {
@@ -526,6 +624,13 @@ def rows_of(batch: Batch) -> list[int]:
     """Of each row what counts: ids, targets and document numbers where there is no padding."""
     docs = batch.get("doc_ids", torch.zeros_like(batch["tokens"]))
     columns = [batch["tokens"], batch["targets"], docs]
+    if "rewards" in batch:  # and the size of the group
+        size = torch.bincount(batch["group"])[batch["group"]]
+        columns.append(
+            torch.stack([batch["rewards"].view(torch.int32), size], 1).repeat_interleave(len(docs[0]), 1)[
+                :, : len(docs[0])
+            ]
+        )
     assert bool((batch["targets"][docs < 0] == IGNORED).all())
     return [zlib.crc32(torch.stack(row)[:, row[2] >= 0].numpy().tobytes()) for row in zip(*columns)]
 
@@ -535,7 +640,7 @@ STEPS = 300
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-@pytest.mark.parametrize("make", [windows, packed, preferences, mixed])
+@pytest.mark.parametrize("make", [windows, packed, preferences, judged, mixed])
 def test_batches_are_the_same_however_they_are_read(make: Callable[..., Any], folder: Path) -> None:
     """Ranks, micro-batches and loader workers cut up one sequence of samples; a resume goes on in it and an evaluation
     leaves it alone."""
@@ -716,9 +821,10 @@ def test_samples_of_several_sources_in_one_batch(folder: Path) -> None:
     assert "doc_ids" not in train.__getitems__([0, 1])
 
 
-@pytest.mark.parametrize("kind", ["pairs", "prompts"])
+@pytest.mark.parametrize("kind", ["pairs", "prompts", "groups"])
 def test_mixed_rows_stay_together(kind: str, folder: Path) -> None:
-    """A pair's two rows, and a prompt's fields, where a batch has samples of several sources."""
+    """A pair's two rows, a group's completions and rewards, and a prompt's fields, where a batch has samples of several
+    sources."""
     parts = {name: node(kind, folder / f"{kind}.jsonl", val_fraction=f) for name, f in (("a", 0.2), ("b", 0.5))}
     train = reader(
         mixture(parts, {"a": 1.0, "b": 1.0}),
@@ -731,15 +837,21 @@ def test_mixed_rows_stay_together(kind: str, folder: Path) -> None:
     singles = [train.sets[i >= n].__getitems__([i - n if i >= n else i]) for i in indices]
     if kind == "prompts":
         assert batch["fields"] == [s["fields"][0] for s in singles] and all(f["more"] for f in batch["fields"])
-    per_sample = 2 if kind == "pairs" else 1
-    assert len(batch["tokens"]) == 5 * per_sample
+    sizes = [len(single["tokens"]) for single in singles]
+    assert len(batch["tokens"]) == sum(sizes) and (kind == "groups" or set(sizes) == {2 if kind == "pairs" else 1})
+    at = 0
     for i, single in enumerate(singles):
-        for r in range(per_sample):
+        for r in range(sizes[i]):
             valid = single["doc_ids"][r] >= 0
-            for name in batch.keys() - {"fields"}:
-                row = batch[name][per_sample * i + r]
+            for name in batch.keys() - {"fields", "group", "rewards"}:
+                row = batch[name][at]
                 assert row[: len(valid)][valid].tolist() == single[name][r][valid].tolist()
-            assert int((batch["doc_ids"][per_sample * i + r] >= 0).sum()) == int(valid.sum())
+            assert int((batch["doc_ids"][at] >= 0).sum()) == int(valid.sum())
+            if kind == "groups":
+                assert batch["group"][at] == i and batch["rewards"][at : at + 1].tolist() == pytest.approx(
+                    single["rewards"][r : r + 1].tolist(), nan_ok=True
+                )
+            at += 1
 
 
 def test_mixtures_that_make_no_sense_are_refused(folder: Path) -> None:
@@ -757,6 +869,7 @@ def test_mixtures_that_make_no_sense_are_refused(folder: Path) -> None:
         ({"a": a, "b": b}, {"a": -1.0, "b": 1.0}, {}, "data.weights.a=-1.0 should be a number above 0"),
         ({"a": a, "p": part("pairs")}, None, {}, "holds pairs and text, which one strategy cannot train on together"),
         ({"b": b, "p": part("prompts")}, None, {}, "holds prompts and text"),
+        ({"g": part("groups"), "p": part("prompts")}, None, {}, "holds groups and prompts, which one strategy cannot"),
         ({"a": a, "b": part(seq_len=32)}, None, {}, "data.sources.b.seq_len=32 and data.seq_len=48 should be the same"),
         ({"a": a, "b": part(workers=1)}, None, {}, "data.sources.b.workers=1 and data.workers=0"),
         ({"a": a, "b": part(order="shuffle", drop_last=True)}, None, {}, "data.sources.b.drop_last=true has no meaning"),
@@ -900,7 +1013,11 @@ def stored(path: Path, **settings: Any) -> H5:
     return H5(path=str(path), **(LOADING | dict(layout=None, overlong=None, order=None) | settings))
 
 
-@pytest.mark.parametrize("kind", ["text", "chats", "pairs", "prompts"])
+def alike(a: Any, b: Any) -> bool:
+    return torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("kind", ["text", "chats", "pairs", "prompts", "groups"])
 def test_prepared_file_gives_the_batches_of_the_rows(kind: str, folder: Path, tmp_path: Path) -> None:
     """data=h5 of a file made by prepare.py is training on what it was made of, down to the order."""
     direct = windows(folder) if kind == "text" else node(kind, folder / f"{kind}.jsonl")
@@ -919,7 +1036,7 @@ def test_prepared_file_gives_the_batches_of_the_rows(kind: str, folder: Path, tm
     one, two = reader(data, [found]), reader(direct, [expected])
     for a, b in zip(one.steps(0, 30), two.steps(0, 30), strict=True):
         assert a[0].keys() == b[0].keys()
-        assert all(torch.equal(a[0][k], b[0][k]) if k != "fields" else a[0][k] == b[0][k] for k in a[0])
+        assert all(alike(a[0][k], b[0][k]) for k in a[0])
     for a, b in zip(one.whole("val", 4), two.whole("val", 4), strict=True):
         assert torch.equal(a["tokens"], b["tokens"])
     with pytest.raises(Refusal, match="was encoded by the tokenizer that lies in it"):

@@ -442,7 +442,8 @@ def test_micro_batches_change_nothing(model: str, sizes: list[int]) -> None:
     for split in ([8], sizes):
         m.zero_grad()
         parts_of = {k: v.split(split) for k, v in batch.items()}
-        collected = [strategy.collect(m, {k: parts_of[k][i] for k in batch}) for i in range(len(split))]
+        batches = [{k: parts_of[k][i] for k in batch} for i in range(len(split))]
+        collected = strategy.collect(m, batches, list(range(len(split))), world)
         weight = sum(strategy.weight(b) for b in collected)
         off = torch.autocast("cpu", enabled=False)
         settings = {"seed": 0, "clip": None}

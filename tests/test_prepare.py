@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from tokenizers import Tokenizer as Backend
 
 from etude.data import journal, source, store
 from etude.data import prepare as preparation
+from etude.data.formats import STRATEGIES
 from etude.data.journal import Workers
 from etude.data.prepare import Preparation, Prepared, Texts, open_prepared
 from etude.data.source import Source, find, units
@@ -75,11 +77,23 @@ def prompts(n: int) -> list[dict]:
     return [{"prompt": f"what is {i} + 1?", "answer": f"{i + 1}", "level": i % 3} for i in range(n)]
 
 
+def groups(n: int) -> list[dict]:
+    """Of two or three completions; their rewards are any number, or null."""
+    rewards = [[-2.25, None], [0.5, None, 1], [None, 3]]
+    completions = [[f"{w} {i}" for w in ("yes", "no", "perhaps")][: len(rewards[i % 3])] for i in range(n)]
+    return [{"prompt": f"say {i}", "completions": completions[i], "rewards": rewards[i % 3]} for i in range(n)]
+
+
+def n_documents(rows: list[dict]) -> int:
+    return sum(len(row["rewards"]) if "rewards" in row else 2 if "chosen" in row else 1 for row in rows)
+
+
 ROWS: dict[str, Callable[[int], list[dict]]] = {
     "text": lambda n: [{"text": t} for t in texts(n)],
     "chats": chats,
     "pairs": pairs,
     "prompts": prompts,
+    "groups": groups,
 }
 
 
@@ -104,7 +118,8 @@ def prepared(
 
 def arrays(ready: Prepared) -> dict[str, list]:
     """Everything but the tokenizer's files, and the attributes."""
-    return {k: store.Flat(ready.store, k)[:].tolist() for k in ready.store.keys if not k.startswith("tokenizer")}
+    flat = {k: store.Flat(ready.store, k)[:] for k in ready.store.keys if not k.startswith("tokenizer")}
+    return {k: (a.view("uint32") if a.dtype == "float32" else a).tolist() for k, a in flat.items()}  # NaN is not NaN
 
 
 def documents(ready: Prepared, split: str) -> list[str]:
@@ -252,7 +267,7 @@ def test_every_container_gives_the_same(kind: str, tmp_path: Path, monkeypatch: 
         expected = expected or found
         assert found == expected, name
         counts = ready.meta["train_documents"] + ready.meta["val_documents"]
-        assert counts == 150 * (1 + (kind == "pairs")) and ready.meta["dropped"] == {}, name
+        assert counts == n_documents(rows) and ready.meta["dropped"] == {}, name
     if kind == "text":
         assert sorted(everything(ready)) == sorted(row["text"] for row in rows)
 
@@ -437,10 +452,15 @@ def test_processes_and_units_change_nothing(tmp_path: Path, monkeypatch: pytest.
             assert found.meta == whole.meta and left_beside(target) == []
 
 
-@pytest.mark.parametrize("kind", ["chats", "pairs", "prompts"])
+@pytest.mark.parametrize("kind", ["chats", "pairs", "prompts", "groups"])
 def test_processes_and_units_change_no_row(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Targets and fields too, with rows that fall out in either pass."""
-    bad = {"chats": {"messages": []}, "pairs": {"chosen": "a", "rejected": "a"}, "prompts": {"prompt": ""}}[kind]
+    """Targets, fields and rewards too, with rows that fall out in either pass."""
+    bad = {
+        "chats": {"messages": []},
+        "pairs": {"chosen": "a", "rejected": "a"},
+        "prompts": {"prompt": ""},
+        "groups": {"prompt": "a", "completions": ["a"], "rewards": [1]},
+    }[kind]
     rows = ROWS[kind](300) + [bad] * 3
     path = write(tmp_path / "a.jsonl", jsonl(rows))
     whole = prepared(path, tmp_path / "0.h5", BPE, kind=kind, on_error="skip")
@@ -721,6 +741,47 @@ def test_a_document_keeps_its_side(tmp_path: Path) -> None:
     assert smaller < many < validation(tmp_path / "a.jsonl", tmp_path / "l.h5", val_fraction=0.3)
 
 
+def sides(path: Path, kind: str, split: str) -> tuple[set[str], set[str]]:
+    """What is asked in the training split, and in the validation split."""
+    ready = prepared(path, path.with_suffix(f".{kind}.{split}.h5"), kind=kind, split=split, val_fraction=0.3)
+    first = re.compile(r"say \d+")
+    return tuple({m[0] for d in documents(ready, s) if (m := first.search(d))} for s in ("train", "val"))  # type: ignore[return-value]
+
+
+def test_a_question_keeps_its_side(tmp_path: Path) -> None:
+    """With split=prompt rows that ask the same are on one side, whatever they are answered and whatever kind of rows they
+    are: what is validation for one strategy was not trained on with another. With split=hash they are not."""
+    asks = [f"say {i % 100}" for i in range(400)]
+    turn = lambda role, content: {"role": role, "content": content}  # noqa: E731
+    files: dict[str, list[dict]] = {
+        "chats": [{"messages": [turn("user", q), turn("assistant", f"a{i}"), turn("user", "b"), turn("assistant", "c")]} for i, q in enumerate(asks)],
+        "pairs": [{"prompt": [turn("user", q)], "chosen": f"a{i}", "rejected": "b"} for i, q in enumerate(asks)],
+        "prompts": [{"messages": [turn("user", q)], "answer": i} for i, q in enumerate(asks)],
+        "groups": [{"prompt": [turn("user", q)], "completions": [f"a{i}", "b"], "rewards": [1, 0]} for i, q in enumerate(asks)],
+    }  # fmt: skip
+    found = []
+    for kind, rows in files.items():
+        path = write(tmp_path / f"{kind}.jsonl", jsonl(rows))
+        train, val = sides(path, kind, "prompt")
+        assert not train & val and len(train | val) == 100 and 15 < len(val) < 45
+        found.append(val)
+        train, val = sides(path, kind, "hash")
+        assert train & val, "the same question on both sides"
+    implicit = [{"chosen": [turn("user", q), turn("assistant", f"a{i}")], "rejected": [turn("user", q), turn("assistant", "b")]} for i, q in enumerate(asks)]  # fmt: skip
+    completion = [{"prompt": [turn("user", q)], "completion": f"a{i}"} for i, q in enumerate(asks)]
+    for kind, rows in (("pairs", implicit), ("chats", completion)):
+        found.append(sides(write(tmp_path / f"other {kind}.jsonl", jsonl(rows)), kind, "prompt")[1])
+    assert all(val == found[0] for val in found)
+    again = write(tmp_path / "again.jsonl", jsonl(files["groups"] + files["groups"][:9]))
+    assert (
+        prepared(again, tmp_path / "again.h5", kind="groups", split="prompt", duplicates="drop").meta["duplicates"] == 9
+    )
+    # What asks nothing goes by its content.
+    plain = write(tmp_path / "plain.jsonl", jsonl([{"text": f"say {i}"} for i in range(100)]))
+    for kind in ("text", "chats"):
+        assert sides(plain, kind, "prompt") == sides(plain, kind, "hash")
+
+
 def test_a_long_document_keeps_its_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a text file gives it in pieces and a row as one, and as a duplicate of that."""
     monkeypatch.setattr(source, "PIECE", 100)
@@ -746,12 +807,12 @@ def test_duplicates(kind: str, tmp_path: Path) -> None:
     assert arrays(drop) == arrays(prepared(once, tmp_path / "once.h5", kind=kind))
     assert drop.meta["duplicates"] == 35
     keep = prepared(path, tmp_path / "keep.h5", kind=kind, duplicates="keep")
-    number = 2 if kind == "pairs" else 1
     assert keep.meta["duplicates"] == 35 and keep.meta["dropped"] == {}
-    assert keep.meta["train_documents"] + keep.meta["val_documents"] == 235 * number
+    assert keep.meta["train_documents"] + keep.meta["val_documents"] == n_documents(again)
     assert not set(documents(keep, "train")) & set(documents(keep, "val"))
-    if kind == "prompts":  # another answer is another row
-        other = write(tmp_path / "other.jsonl", jsonl(rows + [row | {"answer": "none"} for row in rows[:7]]))
+    if kind in ("prompts", "groups"):  # with another answer, or other rewards, it is another row
+        others = {"prompts": {"answer": "none"}, "groups": {"completions": ["a", "b"], "rewards": [8, 9]}}[kind]
+        other = write(tmp_path / "other.jsonl", jsonl(rows + [row | others for row in rows[:7]]))
         assert prepared(other, tmp_path / "other.h5", kind=kind).meta["duplicates"] == 0
 
 
@@ -790,13 +851,13 @@ def test_a_cut_at_the_border_of_a_piece(sizes: list[int], tmp_path: Path, monkey
 
 
 def test_rows_are_not_cut(tmp_path: Path) -> None:
-    """split=position of chats, pairs and prompts: whole rows, the last ones by their characters."""
-    for kind in ("chats", "pairs", "prompts"):
+    """split=position of chats, pairs, prompts and groups: whole rows, the last ones by their characters."""
+    for kind in ("chats", "pairs", "prompts", "groups"):
         path = write(tmp_path / f"{kind}.jsonl", jsonl(ROWS[kind](100)))
         ready = prepared(path, tmp_path / f"{kind}.h5", kind=kind, split="position", val_fraction=0.2)
-        number = 2 if kind == "pairs" else 1
-        assert abs(ready.meta["val_documents"] - 20 * number) <= 2 * number
-        assert ready.meta["train_documents"] + ready.meta["val_documents"] == 100 * number
+        every = n_documents(ROWS[kind](100))
+        assert abs(ready.meta["val_documents"] - every / 5) <= 6
+        assert ready.meta["train_documents"] + ready.meta["val_documents"] == every
 
 
 def test_a_split_that_would_be_empty(tmp_path: Path) -> None:
@@ -1077,6 +1138,7 @@ def in_cache(tmp_path: Path) -> Prepared:
         ("chats", "sft", "groups.parquet", "⟦it is {i}é.<|im▁end|>⟧"),
         ("pairs", "dpo", "pretty.json", "⟦yes {i}<|end▁of▁sentence|>⟧"),
         ("prompts", "grpo", "packed.jsonl.zst", "what is {i} + 1?"),
+        ("groups", "grpo", "packed.json.gz", "⟦no {i}<|end▁of▁sentence|>⟧"),
     ],
 )
 def test_dry_run(kind: str, strategy: str, name: str, targets: str | None, tmp_path: Path) -> None:
@@ -1102,9 +1164,12 @@ def test_dry_run(kind: str, strategy: str, name: str, targets: str | None, tmp_p
     assert sum(meta["dropped"].values()) == len(bad)
     if bad:
         assert f"{len(bad)} left out: the row lacks keys for data={kind}" in done.out
-    number = 2 if kind == "pairs" else 1
+    if kind == "groups":
+        assert re.search(r"sample 0, completion 0, (reward (-2.25|0.5)|no reward), document 0: \d+ tokens, ", done.out)
+        assert re.search(r"sample 1, completion 1, (reward 3|no reward), document 0: ", done.out)
+        assert "samples of 2 to 3 completions, " in done.out and " without signal (rewards all alike)" in done.out
     cut = kind == "text"  # the last characters are validation: of one document too
-    assert meta["train_documents"] + meta["val_documents"] == 200 * number + cut
+    assert meta["train_documents"] + meta["val_documents"] == n_documents(rows) + cut
     assert f"in {meta['train_documents']:,} documents" in done.out
 
 
@@ -1252,6 +1317,8 @@ USELESS: dict[str, dict[str, tuple[dict, str]]] = {
         "an image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "only text"),
         "completion null": ({"prompt": "a", "completion": None}, "null"),
         "a pair": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "=pairs"),
+        "a group": ({"prompt": "a", "completions": ["b", "c"], "rewards": [1, 0]}, "=groups"),
+        "labelled": ({"prompt": "a", "completion": "b", "label": False}, "format=completion"),
     },
     "pairs": {
         "the same": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
@@ -1267,6 +1334,17 @@ USELESS: dict[str, dict[str, tuple[dict, str]]] = {
         "answered": ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "nothing to answer"),
         "surrogate beside": ({"prompt": "a", "answer": "\udfff"}, "surrogate"),
         "another key": ({"task": "a", "answer": "b"}, "rename={prompt: "),
+    },
+    "groups": {
+        "another number": ({"prompt": "a", "completions": ["a", "b"], "rewards": [1]}, "completions and rewards differ in number: 2 and 1"),
+        "one alone": ({"prompt": "a", "responses": ["a"], "rewards": [1]}, "responses has fewer than two"),
+        "no reward": ({"prompt": "a", "completions": ["a", "b"], "rewards": [None, None]}, "rewards are all null"),
+        "a string": ({"prompt": "a", "completions": ["a", "b"], "rewards": [1, "0"]}, "rewards[1] is a string"),
+        "too large": ({"prompt": "a", "completions": ["a", "b"], "rewards": [1, 1e300]}, "rewards[1] is not finite"),
+        "empty": ({"prompt": "a", "completions": ["a", ""], "rewards": [1, 0]}, "completions[1] is empty"),
+        "unknown role": ({"prompt": "a", "completions": ["a", [{"role": "robot", "content": "b"}]], "rewards": [1, 0]}, "robot"),
+        "answered": ({"prompt": [{"role": "assistant", "content": "b"}], "completions": ["a", "b"], "rewards": [1, 0]}, "nothing to answer"),
+        "a pair": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "=pairs"),
     },
 }  # fmt: skip
 LINES = [("text", name, line, word) for name, (line, word) in SYNTAX.items()]
@@ -1394,6 +1472,7 @@ PICKED = [
     "chats-unknown role",
     "pairs-the same",
     "prompts-answered",
+    "groups-another number",
 ]
 
 
@@ -1402,7 +1481,7 @@ def test_a_bad_line_of_train(case: tuple[str, str, bytes, str], tmp_path: Path) 
     """train.py too ends at once, with the line."""
     kind, name, line, word = case
     path = write(tmp_path / "a.jsonl", jsonl(ROWS[kind](40)) + line + b"\n")
-    strategy = {"text": "seq", "chats": "sft", "pairs": "dpo", "prompts": "grpo"}[kind]
+    strategy = STRATEGIES[kind]
     done = run("train.py", f"data={kind}", f"strategy={strategy}", f"data.path={path}", *overrides(tmp_path))
     refused(done, f"{path}:41: ", word, "data.on_error=skip")
     quick(f"{kind} {name}", done)

@@ -4,12 +4,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import run
 from running import ROOT, environment, metrics, run_in, text_file, tiny, train
 
 
@@ -90,10 +90,7 @@ def test_export_and_checkpoint_and_run_generate_the_same(finished: Path) -> None
 
 
 def generate(*overrides: str, stdin: str | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "generate.py", *overrides, "threads=1"], cwd=ROOT, env=environment(), input=stdin, capture_output=True, text=True, timeout=100,
-        **({} if stdin is not None else {"stdin": subprocess.DEVNULL}),
-    )  # fmt: skip
+    return run(["generate.py", *overrides, "threads=1"], ROOT, environment(), stdin)
 
 
 def test_generate_from_files_and_standard_input(finished: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 A machine with neighbours is fast one minute and slow the next: so times are medians over rounds in which both programs
 take turns, and what counts is their ratio."""
 
+import contextlib
 import json
 import re
 import resource
@@ -37,6 +38,13 @@ def run(cfg: dict) -> int:
         return 0
     if cfg["ckpt"] is not None or cfg["gguf"] is not None:
         raise Refusal("ckpt= and gguf= belong to the engine: type what=engine as well")
+    if cfg["what"] == "trl":
+        from etude.bench_trl import trl_rates
+
+        if cfg["compare"] is not None or cfg["against"] is not None:
+            raise Refusal("what=trl compares with TRL; leave compare= and against= out")
+        show(trl_rates(cfg))
+        return 0
     if cfg["what"] == "prepare":
         from etude.bench_data import prepare_rates
 
@@ -150,22 +158,25 @@ class Training:
         if session.cfg["compile"]:
             for block in session.model.blocks:
                 block.compile()
-        self.stream = session.batches.steps(0, None)
+        self.step, self.reading = 0, contextlib.ExitStack()
+        self.latest: tuple[list[Any], list[dict], Any] | None = (
+            None  # step's micro-batches, their metrics, gradient's norm
+        )
+        self.reading.enter_context(session.window.reading(0, None))
         self.round(session.cfg["warmup_steps"])
 
     def round(self, steps: int) -> dict[str, float]:
         """Median seconds a step of each part over `steps` steps."""
-        from etude.loop import collect, gradients, weigh
+        from etude.loop import gradients, weigh
 
         s = self.session
         times: list[dict[str, float]] = []
         for _ in range(steps):
             clock = Clock(s.device)
-            batches = next(self.stream)
+            batches = s.window.collected(s.model, self.step)
+            self.step += 1
             clock.lap("data")
-            batches = collect(s.model, s.strategy, batches, s.cfg["seed"], 0, 0, s.autocast)
-            clock.lap("collect")
-            gradients(
+            metrics, norm = gradients(
                 s.model,
                 s.ref,
                 s.strategy,
@@ -182,6 +193,7 @@ class Training:
             s.optimizer.zero_grad()
             clock.lap("optimizer")
             times.append(clock.laps | {"step": sum(clock.laps.values())})
+            self.latest = batches, metrics, norm
         return {k: statistics.median(t[k] for t in times) for k in times[0]} if times else {}
 
 

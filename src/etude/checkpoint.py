@@ -1,6 +1,6 @@
 """Checkpoints: folders of safetensors and JSON that are either whole or not there.
 
-step_00000500/ holds model.safetensors, optimizer.safetensors, state.json, config.json, tokenizer.json and, written
+step_00000500/ holds model.safetensors (adapter.safetensors of a LoRA run), optimizer.safetensors, state.json, config.json, tokenizer.json and, written
 last, manifest.json with the size and sha256 of each. It is made under another name, synced to disk and renamed."""
 
 import hashlib
@@ -100,7 +100,7 @@ def fault(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError) as error:
         return f"{MANIFEST} is unreadable ({error})"
-    if not isinstance(manifest, dict) or "model.safetensors" not in manifest:
+    if not isinstance(manifest, dict) or not {"model.safetensors", "adapter.safetensors"} & manifest.keys():
         return f"{MANIFEST} does not list model.safetensors"
     for name, wanted in manifest.items():
         path = folder / name
@@ -171,7 +171,7 @@ def find(path: str) -> Path:
         runs = sorted(p.name for p in given.parent.glob("*") if p.is_dir()) if given.parent.is_dir() else []
         near = f"; the newest there is {given.parent / runs[-1]}" if runs else ""
         raise Refusal(f"ckpt={path} does not exist{near}")
-    if weights.files(given) is not None:
+    if weights.files(given) is not None or weights.files(given, "adapter") is not None:
         if (given / MANIFEST).exists() and (reason := fault(given)):
             raise Refusal(f"ckpt={path} is damaged: {reason}")
         return given

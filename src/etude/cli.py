@@ -20,6 +20,7 @@ TEXT_KEYS = (
     "regex",
     "json_schema",
     "ckpt",
+    "init_from",
     "gguf",
     "file",
     "out",
@@ -118,6 +119,8 @@ def flags_first(arguments: list[str]) -> list[str]:
 def quote(argument: str) -> str:
     """`key=value` with a free-text key, quoted as Hydra's grammar wants it; anything else as it is."""
     key, eq, value = argument.partition("=")
+    if key == "lora" and value in ("true", "false"):  # choices of a group, which are no booleans for Hydra
+        return "lora='true'" if value == "true" else "~lora"
     named = key.lstrip("+") in TEXT_KEYS or re.fullmatch(r"data\.sources\.[\w.]+\.path", key)
     if not eq or not named or value in ("null", "???"):
         return argument

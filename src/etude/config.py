@@ -54,6 +54,8 @@ class Train:
     save_every: int | None
     keep: int
     dry_run: bool
+    init_from: str | None
+    reference: Literal["auto", "copy", "cached"]
     resume: str | None
     runs_dir: str
     cache_dir: str
@@ -128,7 +130,7 @@ class Serve:
 class Bench(Train):
     """bench.py takes all of train.py's keys and these; conf/bench.yaml says what each does."""
 
-    what: Literal["train", "decode", "all", "data", "prepare", "engine"]
+    what: Literal["train", "decode", "all", "data", "prepare", "engine", "trl"]
     steps: int
     warmup_steps: int
     rounds: int
@@ -167,14 +169,14 @@ class Prepare:
 
     from_: str
     to: str
-    kind: Literal["text", "chats", "pairs", "prompts"]
+    kind: Literal["text", "chats", "pairs", "prompts", "groups"]
     format: str
     rename: dict[str, str] | None
     separator: str | None
     train_on: Literal["assistant", "completion", "all"]
     on_error: Literal["raise", "skip"]
     duplicates: Literal["keep", "drop"]
-    split: Literal["hash", "position"]
+    split: Literal["hash", "prompt", "position"]
     val_fraction: float
     processes: int | None
     progress: Literal["auto", "bar", "lines", "none"]
@@ -237,6 +239,10 @@ def check_targets(cfg: dict, trusted: list[str]) -> None:
         partial = node.get("_partial_", False)
         for p in sig.params.values():
             if p.required and p.name not in given and (p.keyword_only or not partial):
+                if not p.keyword_only and "_partial_" not in node:
+                    raise Refusal(
+                        f"missing {path}._partial_: code calls {target} with {p.name}; type +{path}._partial_=true"
+                    )
                 raise Refusal(f"missing {path}.{p.name}: {target} needs it; type {path}.{p.name}=<value>")
 
 
@@ -281,10 +287,12 @@ def check(cfg: Any, script: str) -> dict:
         }
         raise Refusal("; ".join(f"{key} is missing: type {key}=<{hint.get(key, 'value')}>" for key in missing))
     assert isinstance(plain, dict)
+    if issubclass(SCRIPTS[script], Train):
+        plain.setdefault("lora", None)  # a group of which nothing is chosen leaves no key
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(SCRIPTS[script])}
     parts = {"prepare": ["tokenizer"], "generate": ["engine"], "serve": ["engine"]}
     names = groups() if issubclass(SCRIPTS[script], Train) else parts.get(script, [])
-    for key, value in ((str(k), v) for k, v in plain.items()):
+    for key, value in ((str(k), v) for k, v in plain.items() if k != "lora" or v is not None):
         if key in fields:
             annotation = _annotation(fields[key].type)
             if not fits(value, annotation):
@@ -333,6 +341,14 @@ def _check_train(cfg: dict) -> None:
         )
     if not re.fullmatch(r"[\w.-]*", cfg["tag"]):
         raise Refusal(f"tag={cfg['tag']} becomes part of a folder's name: use letters, digits, '.', '_' and '-'")
+    if "reward" in cfg:
+        raise Refusal("a reward has a name of yours: type +reward@strategy.rewards.<name>=<choice>")
+    if cfg["strategy"].get("sync_interval") is not None and (
+        cfg["reference"] == "cached" or (cfg["reference"] == "auto" and cfg["lora"] is not None)
+    ):
+        raise Refusal(
+            "strategy.sync_interval changes the reference, which then has to be a model of its own: set reference=copy, or strategy.sync_interval=null"
+        )
     micro = cfg["micro_batch_size"]
     if micro is not None and cfg["batch_size"] % micro:
         raise Refusal(
@@ -398,6 +414,13 @@ def describe(target: Any, settings: dict[str, Any]) -> dict[str, Any]:
     return node | {n: plain(v) for n, v in settings.items()}
 
 
+def choosing(group: str, choice: str) -> list[str]:
+    """The overrides that put a choice of a group into train.py's config."""
+    if group == "reward":  # one of several, by a name of the user's
+        return ["strategy=grpo", f"+reward@strategy.rewards.checked={choice}"]
+    return [f"{group}='{choice}'"]  # quoted: true is a word here
+
+
 def check_all() -> list[str]:
     """Compose and check every root file with every choice of every group; -> one line for each that fails."""
     from hydra import compose, initialize_config_dir
@@ -409,7 +432,7 @@ def check_all() -> list[str]:
         group, choice = path.parent.relative_to(CONF), path.stem
         if path.parent.with_suffix(".yaml").exists():  # conf/model/llama/1b.yaml is model=llama/1b
             group, choice = group.parent, f"{group.name}/{choice}"
-        jobs.append(("bench" if group.name == "engine" else "train", [f"{group}={choice}"]))
+        jobs.append(("train", choosing(str(group), choice)))
     # What a choice or a script cannot have a default for.
     needs = {
         "generate": ["ckpt=x"],
@@ -423,7 +446,7 @@ def check_all() -> list[str]:
     }
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for script, overrides in jobs:
-            extra = needs.get(overrides[0] if overrides else script, [])
+            extra = needs.get((overrides[0] if overrides else script).replace("'", ""), [])
             try:
                 check(compose(script, overrides=overrides + extra), script)
             except (HydraException, Refusal) as error:

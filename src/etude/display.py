@@ -52,11 +52,15 @@ class Display:
             self.bar = None
 
 
+REWARDS = {"": "train/reward/mean", "val ": "val/reward/mean"}
+
+
 def line(v: dict[str, Any]) -> str:
     """One line of a step's metrics."""
     parts = [f"loss {v['train/loss']:.4f}"] if "train/loss" in v else []
     if "val/loss" in v:
         parts.append(f"val {v['val/loss']:.4f}")
+    parts += [f"{where}reward {v[k]:.3f}" for where, k in REWARDS.items() if k in v]
     if "lr" in v:
         parts.append(f"lr {v['lr']:.2e}")
     if "perf/tokens_per_s" in v:

@@ -1,8 +1,6 @@
 """The loop: every strategy and every model trains here, in one pass from top to bottom. No callbacks: order is meaning."""
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -21,6 +19,7 @@ from etude.optim import set_lr
 from etude.parallel import StopSignals, World
 from etude.run import Status
 from etude.track import Trackers
+from etude.window import Window, key
 
 
 @dataclasses.dataclass
@@ -40,18 +39,13 @@ def due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
-def key(seed: int, purpose: str, *where: int) -> int:
-    """A 63-bit seed for one purpose at one place: what is drawn there depends on nothing that was drawn before."""
-    digest = hashlib.blake2b(repr((seed, purpose, where)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def horizon(settings: dict, batches: Batches) -> int | None:
-    """The number of steps at which the first of max_steps, max_epochs and max_tokens is reached; None without them."""
+def horizon(settings: dict, batches: Batches, iterations: int) -> int | None:
+    """The number of steps at which the first of max_steps, max_epochs and max_tokens is reached; None without them. Each
+    sample is learnt from `iterations` times before the next."""
     size = settings["batch_size"]
     limits = [settings["max_steps"]]
     if settings["max_epochs"] is not None:
-        limits.append(math.ceil(settings["max_epochs"] * batches.epoch_samples / size))
+        limits.append(math.ceil(settings["max_epochs"] * batches.epoch_samples / size) * iterations)
     if settings["max_tokens"] is not None:
         limits.append(math.ceil(settings["max_tokens"] / (size * batches.tokens_per_sample)))
     return min((n for n in limits if n is not None), default=None)
@@ -66,6 +60,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     schedule: Callable[[int, int, float], float],
     batches: Batches,
+    window: Window,
     parallel: Any,
     world: World,
     progress: Progress,
@@ -85,21 +80,22 @@ def fit(
     size = settings["batch_size"]
     bare: Any = getattr(model, "module", model)
     flops_per_token = bare.flops_per_token(batches.data.seq_len)
-    steps_per_epoch = batches.epoch_samples / size
-    limit = horizon(settings, batches)
+    steps_per_epoch = batches.epoch_samples / size * window.iterations
+    limit = horizon(settings, batches, window.iterations)
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
     if world.size > 1:
-        warm_up(model, strategy, ref, batches, progress.step, autocast)
+        warm_up(model, strategy, ref, batches, window.data_step(progress.step), world, autocast)
     if not progress.best_step:
         progress.best = goal(strategy)[1] * math.inf
     display.start(progress.step, limit)
     last_log, begun = (time.perf_counter(), progress.tokens), time.perf_counter() - progress.seconds
-    with StopSignals() as signals, contextlib.closing(batches.steps(progress.step, limit)) as stream:
+    sync_every: int | None = getattr(strategy, "sync_interval", None)
+    with StopSignals() as signals, window.reading(progress.step, limit):
         while True:
             step = progress.step
             progress.seconds = time.perf_counter() - begun
             steps = limit or estimate_steps(step, progress.seconds, settings["max_minutes"])
-            collected = collect(model, strategy, next(stream, []), settings["seed"], step, world.rank, autocast)
+            collected = window.collected(model, step)
             wanted = float(signals.name is not None)
             out_of_time = float(
                 settings["max_minutes"] is not None and progress.seconds >= 60 * settings["max_minutes"]
@@ -117,7 +113,7 @@ def fit(
             logging = done == 1 or due(done, settings["log_every"]) or bool(last)
             sums, norm = gradients(model, ref, strategy, collected, weight, settings, step, parallel, world, autocast)
             if not math.isfinite(norm):
-                dump(folder, world, step, batches, collected)
+                dump(folder, world, step, batches, window, collected)
                 if settings["on_nonfinite"] == "stop":
                     raise NonFinite(
                         f"the gradient of step {step} is {norm.item()}: no update was made. Lower optimizer.lr, or on_nonfinite=skip; the batch is in {folder}/logs"
@@ -137,6 +133,8 @@ def fit(
             load = router_load(sums, world)
             if load is not None:
                 bare.balance(load)
+            if ref is not None and due(done, sync_every):
+                refresh(ref, bare)
             progress.step, progress.tokens = done, progress.tokens + int(tokens)
 
             values: dict[str, float] = {}
@@ -176,29 +174,30 @@ def fit(
                     progress.seconds = time.perf_counter() - begun
                     status.beat(done, progress.seconds, values)
                 display.update(done, steps, values, logged=bool(values))
+            if due(done, settings["sample_every"]) and world.rank == 0:
+                for i, text in enumerate(t for batch in collected for t in batch.get("texts", ())):
+                    tracker.text(done, f"rollout/{i}", text)
             if due(done, settings["sample_every"]) and not last:
                 sample(done)
             progress.seconds = time.perf_counter() - begun
             best = done == progress.best_step
             if due(done, settings["save_every"]) or best or last:
                 save(best)
-            if "val/loss" in values or due(done, settings["sample_every"]) or due(done, settings["save_every"]):
+            if (
+                due(done, settings["eval_every"])
+                or due(done, settings["sample_every"])
+                or due(done, settings["save_every"])
+            ):
                 last_log = time.perf_counter(), progress.tokens  # the pace is that of training alone
             if last:
                 return last
 
 
-def collect(
-    model: nn.Module, strategy: Any, batches: list[Batch], seed: int, step: int, rank: int, autocast: Any
-) -> list[Batch]:
-    """What the strategy trains on: the batches, or what it makes of them with the model. Whatever it draws is keyed by
-    the global micro-batch."""
-    collected = []
-    for i, batch in enumerate(batches):
-        torch.manual_seed(key(seed, "collect", step, rank * len(batches) + i))
-        with autocast:
-            collected.append(strategy.collect(model, batch))
-    return collected
+@torch.no_grad()
+def refresh(ref: nn.Module, model: nn.Module) -> None:
+    """Let the reference be the model as it is now."""
+    for old, new in zip(ref.parameters(), model.parameters(), strict=True):
+        old.copy_(new)
 
 
 def goal(strategy: Any) -> tuple[str, int]:
@@ -213,8 +212,14 @@ def weigh(strategy: Any, collected: list[Batch]) -> list[float]:
 
 
 def n_inputs(batch: Batch) -> int:
-    """Tokens without padding."""
-    return int((batch["doc_ids"] >= 0).sum()) if "doc_ids" in batch else batch["tokens"].numel()
+    """Tokens without padding, as if each sequence had a row of its own: a prompt that several share counts for each."""
+    if "doc_ids" not in batch:
+        return batch["tokens"].numel()
+    real = batch["doc_ids"] >= 0
+    if "branches" not in batch:
+        return int(real.sum())
+    trunk = (real & (batch["branches"] == 0)).sum(1) * batch["branches"].amax(1).clamp_min(1)
+    return int((trunk + (real & (batch["branches"] > 0)).sum(1)).sum())
 
 
 def gradients(
@@ -254,14 +259,22 @@ def estimate_steps(step: int, seconds: float, minutes: float | None) -> int:
     return 1000 if step < 5 else max(step + 1, round(step * 60 * minutes / max(seconds, 1e-9)))
 
 
-def warm_up(model: nn.Module, strategy: Any, ref: nn.Module | None, batches: Batches, step: int, autocast: Any) -> None:
+def alone(world: World) -> World:
+    """This process by itself: for what the others do not do at the same time."""
+    return World(0, 1, world.device)
+
+
+def warm_up(
+    model: nn.Module, strategy: Any, ref: nn.Module | None, batches: Batches, step: int, world: World, autocast: Any
+) -> None:
     """One forward and backward for nothing. DDP arranges its buckets anew after its first backward, which changes the
     order of sums: so a resumed run would differ from an unbroken one in every step but the first."""
     indices = batches.sampler.micro_batches(step)[0].tolist()
     batch = batches.to_device(batches.train.__getitems__(indices))
     torch.manual_seed(0)
     with autocast:
-        loss, _ = strategy.loss(model, ref, strategy.collect(model, batch))
+        (collected,) = strategy.collect(model, [batch], [0], alone(world))
+        loss, _ = strategy.loss(model, ref, collected)
     loss.sum().backward()
     model.zero_grad()
 
@@ -272,8 +285,9 @@ def reduce(sums: list[dict], world: World) -> dict[str, float]:
     flat = [float(sum(float(m[n][i]) for m in sums if n in m)) for n in names for i in (0, 1)]
     flat = world.sum(flat)
     means = {n: flat[2 * i] / max(flat[2 * i + 1], 1e-9) for i, n in enumerate(names)}
-    if "loss" not in means and means:  # of several terms, each divided by its own count
-        means["loss"] = sum(v for n, v in means.items() if n.startswith("loss/"))
+    terms = [v for n, v in means.items() if n.startswith("loss/")]
+    if "loss" not in means and terms:  # each divided by its own count
+        means["loss"] = sum(terms)
     return means
 
 
@@ -304,15 +318,19 @@ def batch_hash(collected: list[Batch], world: World) -> int:
     """A number for the step's samples, the same however they are spread over micro-batches and ranks."""
     rows = 0
     for batch in collected:
+        if "slots" in batch:  # however the sequences are laid out
+            ids = batch["targets"].flatten()[batch["slots"].clamp_min(0)].cpu().numpy()
+            rows += sum(zlib.crc32(r[:n].tobytes()) for r, n in zip(ids, (batch["slots"] >= 0).sum(1).tolist()))
+            continue
         padding = (batch["doc_ids"] < 0).sum(1).tolist() if "doc_ids" in batch else [0] * len(batch["tokens"])
         for row, n in zip(batch["tokens"].cpu().numpy(), padding):
             rows += zlib.crc32(row[: len(row) - n].tobytes())
     return int(world.sum([float(rows)])[0])
 
 
-def dump(folder: Path, world: World, step: int, batches: Batches, collected: list[Batch]) -> None:
+def dump(folder: Path, world: World, step: int, batches: Batches, window: Window, collected: list[Batch]) -> None:
     """The batch of a step that went wrong: sample numbers and ids."""
-    indices = [m.tolist() for m in batches.sampler.micro_batches(step)]
+    indices = [m.tolist() for m in batches.sampler.micro_batches(window.source(step))]
     record = {"step": step, "rank": world.rank, "samples": indices, "tokens": [b["tokens"].tolist() for b in collected]}
     (folder / "logs" / f"nonfinite_step_{step}_rank_{world.rank}.json").write_text(json.dumps(record))
 
@@ -327,16 +345,23 @@ def validate(
     world: World,
     seed: int,
 ) -> dict[str, float]:
-    """Means of the strategy's metrics over `batches`, dropout off, shared over the ranks. Training's random numbers are
+    """Means of the strategy's metrics over `batches`, dropout off, shared over the ranks: of its loss, or of what it
+    computes instead. Training's random numbers are
     keyed by step, so nothing here can touch them; what is drawn here is the same at every evaluation."""
     training = model.training
+    judge = getattr(strategy, "evaluate", None)
     model.eval()
     sums = []
     for i, batch in enumerate(batches):
         if i % world.size == world.rank:
-            torch.manual_seed(key(seed, "validate", i))
+            drawn = key(seed, "validate", i)
+            torch.manual_seed(drawn)
             with autocast:
-                metrics = strategy.loss(model, ref, strategy.collect(model, batch))[1]
+                if judge is not None:
+                    metrics = judge(model, batch, drawn)
+                else:
+                    (collected,) = strategy.collect(model, [batch], [drawn], alone(world))
+                    metrics = strategy.loss(model, ref, collected)[1]
             metrics.pop("router/load", None)
             sums.append({k: (float(s), float(n)) for k, (s, n) in metrics.items()})
     model.train(training)

@@ -20,7 +20,7 @@ from etude.errors import Interrupted, Refusal
 
 @dataclasses.dataclass
 class World:
-    """This process among its peers. `sum` and `broadcast` are no-ops in a world of one."""
+    """This process among its peers. `sum`, `gather` and `broadcast` are no-ops in a world of one."""
 
     rank: int
     size: int
@@ -37,6 +37,16 @@ class World:
         t = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(t)
         return t.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in order, on rank 0; on the others an empty list."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, found, dst=0)
+        return found or []
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value (JSON-like) on every rank."""

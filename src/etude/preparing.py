@@ -165,7 +165,7 @@ class Bar:
 def show(target: Path, prepared: Prepared, console: Console) -> None:
     """Documents, tokens, lengths, and what was left out."""
     meta = prepared.meta
-    strategy = {"chats": " strategy=sft", "pairs": " strategy=dpo", "prompts": " strategy=grpo"}.get(meta["kind"], "")
+    strategy = "" if meta["kind"] == "text" else f" strategy={formats.STRATEGIES[meta['kind']]}"
     table = Table("", "train", "val", box=None)
     for name, value in {
         "documents": lambda s: f"{meta[f'{s}_documents']:,}",

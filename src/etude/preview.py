@@ -1,6 +1,7 @@
 """`dry_run=true`: what a run would train on, to be looked at before it is paid for."""
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +31,7 @@ def show(cfg: dict, data: Any, prepared: list[Prepared]) -> int:
     for number, index in enumerate(indices):
         batch = batches.train.__getitems__([index])
         for row in range(len(batch["tokens"])):
-            name = ("chosen " if row == 0 else "rejected ") if len(batch["tokens"]) > 1 else ""
+            name = named(batch, row)
             for document, (ids, wanted) in enumerate(documents(batch, row)):
                 counts = f"{len(ids)} tokens, {int(wanted.sum())} targets"
                 console.print(f"── sample {number}, {name}document {document}: {counts}", style="bold", markup=False)
@@ -43,6 +44,14 @@ def show(cfg: dict, data: Any, prepared: list[Prepared]) -> int:
     strategy = cfg["strategy"]["_target_"].rpartition(".")[2]
     console.print(f"\n{strategy} would train on this; leave out dry_run=true to begin", markup=False)
     return 0
+
+
+def named(batch: Batch, row: int) -> str:
+    """What a row of one sample is, where it has several."""
+    if "rewards" in batch:
+        reward = batch["rewards"][row].item()
+        return f"completion {row}, {'no reward' if math.isnan(reward) else f'reward {reward:g}'}, "
+    return ("chosen " if row == 0 else "rejected ") if len(batch["tokens"]) > 1 else ""
 
 
 def documents(batch: Batch, row: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

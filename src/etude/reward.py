@@ -1,11 +1,14 @@
-"""Rewards: functions of a completion and its prompt's fields, chosen in conf/strategy/grpo.yaml.
+"""Rewards: functions of a completion and its prompt's fields; conf/reward has one file for each.
 
     name(completion, fields, *, weight, your settings) -> a number, or None where the completion cannot be judged
 
 `fields` are the row's other keys (the answer, the task). A function that raises counts as one that returns None, but a
 Refusal, which the user can act on, stops the run."""
 
+import ast
 import re
+import textwrap
+import warnings
 from fractions import Fraction
 from typing import Any
 
@@ -16,6 +19,7 @@ NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])[-+\u2212])?\$?(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE]([-+]?\d{1,3})(?!\d))?(?:/(\d+))?"
 )
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 LONGEST = 100  # digits: longer ones are no answer, and cost time
 
 
@@ -39,6 +43,67 @@ def length(completion: str, fields: dict[str, Any], *, limit: int, weight: float
 def check_length(limit: int) -> None:
     if limit < 1:
         raise ValueError(f"limit={limit} of a length reward should be at least 1 character")
+
+
+def format(completion: str, fields: dict[str, Any], *, tags: list[str], weight: float) -> float:
+    """`weight` where the completion is <tag>...</tag> for each of the tags, in their order, once, with nothing but white
+    space around them; else 0."""
+    rest = completion.lstrip()
+    for tag in tags:
+        opening, closing = f"<{tag}>", f"</{tag}>"
+        inside, closed, after = rest.removeprefix(opening).partition(closing)
+        if not rest.startswith(opening) or not closed or opening in inside:
+            return 0.0
+        rest = after.lstrip()
+    again = any(
+        f"<{slash}{tag}>" in inner for tag in tags for slash in ("", "/") for inner in _between(completion, tags)
+    )
+    return 0.0 if rest or again else weight
+
+
+def _between(completion: str, tags: list[str]) -> list[str]:
+    """What stands inside each of the tags."""
+    return [completion.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0] for tag in tags]
+
+
+def check_format(tags: list) -> None:
+    bad = [t for t in tags if not isinstance(t, str) or not t or set(t) & set("<>/ ")]
+    if not tags or bad or len(set(tags)) < len(tags):
+        raise ValueError(f"tags={tags} of a format reward should be different names without brackets: [think, answer]")
+
+
+def regex(completion: str, fields: dict[str, Any], *, pattern: str, weight: float) -> float:
+    """`weight` where the pattern (Python's) is found in the completion; else 0."""
+    return weight * (re.search(pattern, completion) is not None)
+
+
+def check_regex(pattern: str) -> None:
+    import re
+
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern={pattern} of a regex reward is no regular expression: {error}") from None
+
+
+def python(completion: str, fields: dict[str, Any], *, weight: float) -> float:
+    """`weight` where the completion is Python by its syntax; else 0. Of a text with fenced blocks, all those that are Python
+    or do not say what they are. Nothing is run."""
+    fenced = FENCE.findall(completion)
+    blocks = (
+        [code for name, code in fenced if name.lower() in ("", "py", "python", "python3")] if fenced else [completion]
+    )
+    return weight * (bool(blocks) and all(map(_parses, blocks)))
+
+
+def _parses(code: str) -> bool:
+    """Whether it has a statement and all are well-formed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "\\d" in a string is frowned upon
+            return bool(ast.parse(textwrap.dedent(code)).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # MemoryError: nested too deeply
+        return False
 
 
 def final_number(text: str) -> Fraction | None:

@@ -9,6 +9,7 @@ import random
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def train(cfg: dict) -> int:
     if cfg["resume"] is not None:
         cfg = runs.resumed_config(Path(cfg["resume"]), cfg, overrides, list(conf.MAY_CHANGE))
         conf.check_targets({k: v for k, v in cfg.items() if isinstance(v, dict)}, cfg["trusted"])
+        if (
+            cfg["init_from"] is not None and not Path(cfg["init_from"]).is_dir()
+        ):  # its checkpoints have the tokenizer too
+            last = Path(cfg["resume"]) / "artifacts" / "checkpoints" / "last"
+            cfg["tokenizer"] = cfg["tokenizer"] | {"path": str(last)}
+    elif cfg["init_from"] is not None:
+        from etude.initial import adopt
+
+        cfg = adopt(cfg, overrides)
     data, prepared = prepare_data(cfg)
     if cfg["dry_run"]:
         from etude.preview import show
@@ -100,13 +110,13 @@ class Session:
     """The parts of one run in this process, and the functions that the loop calls on them."""
 
     def __init__(self, cfg: dict, data: Any, prepared: list[Prepared], parallel: Any, world: Any):
-        import copy
-
         import torch
 
+        from etude import initial, memory
         from etude.data.loader import Batches
-        from etude.loop import Progress, key
+        from etude.loop import Progress
         from etude.parallel import deterministic, peak_flops, pick_precision
+        from etude.window import Window
 
         self.cfg, self.data, self.prepared, self.parallel, self.world = cfg, data, prepared, parallel, world
         self.device = world.device
@@ -118,26 +128,16 @@ class Session:
             torch.set_float32_matmul_precision("high")
         self.tokenizer = prepared[0].tokenizer
         self.meta = together(dict(zip(data.parts(), prepared)))
-        self.model = conf.build(cfg["model"], self.tokenizer.vocab_size)
-        limit = self.model.position_limit
-        if limit is not None and data.seq_len > limit:
-            raise Refusal(
-                f"data.seq_len={data.seq_len} is longer than the model's {limit} positions; set data.seq_len or model.max_len"
-            )
-        torch.manual_seed(key(cfg["seed"], "init"))
-        self.model.init_weights()
-        self.model.to(self.device)
+        self.engine = conf.build(cfg["engine"])
         made = conf.build(cfg["strategy"])
-        self.strategy = made(self.tokenizer) if cfg["strategy"].get("_partial_") else made
+        self.strategy = made(self.tokenizer, self.engine) if cfg["strategy"].get("_partial_") else made
         kinds = getattr(self.strategy, "kinds", ("text", "chats"))
         if self.meta["kind"] not in kinds:
             raise Refusal(
                 f"this strategy trains on {' or '.join(kinds)} and the data holds {self.meta['kind']}; leave out data=, or choose data={kinds[0]}"
             )
-        # The model as it was before the first step of the first run: a resumed run makes it anew, from the same seed.
-        self.ref = copy.deepcopy(self.model).eval().requires_grad_(False) if self.strategy.needs_reference else None
-        self.optimizer = conf.build(cfg["optimizer"], self.model)
-        self.progress = Progress()
+        if cfg["reference"] == "cached" and self.meta["kind"] == "prompts":
+            raise Refusal("reference=cached needs completions that are known beforehand; set reference=copy")
         size = cfg["batch_size"]
         if size % world.size:
             raise Refusal(
@@ -148,6 +148,25 @@ class Session:
             raise Refusal(
                 f"batch_size={size} over {world.size} processes is not a multiple of micro_batch_size={micro}; set micro_batch_size to a divisor of {size // world.size}"
             )
+        shapes, self.trainable = initial.shapes(cfg, self.tokenizer.vocab_size)
+        if (limit := shapes.position_limit) is not None and data.seq_len > limit:
+            raise Refusal(
+                f"data.seq_len={data.seq_len} is longer than the model's {limit} positions; set data.seq_len or model.max_len"
+            )
+        copied = self.strategy.needs_reference and (
+            cfg["reference"] == "copy" or (cfg["reference"] == "auto" and cfg["lora"] is None)
+        )
+        rolls = self.engine if self.meta["kind"] == "prompts" else None
+        memory.preflight(
+            shapes, self.trainable, copied, rolls, self.device, world.size, self.precision, micro * data.seq_len
+        )
+        self.model = initial.model(cfg, self.tokenizer.vocab_size, needed=self.strategy.needs_reference)
+        self.start_sha256 = initial.fingerprint(cfg)
+        initial.adapt(self.model, cfg)
+        self.model.to(self.device)
+        self.ref = initial.reference(self.model, cfg) if self.strategy.needs_reference else None
+        self.optimizer = conf.build(cfg["optimizer"], self.model)
+        self.progress = Progress()
         self.batches = Batches(
             data,
             prepared,
@@ -155,6 +174,7 @@ class Session:
             cfg["seed"],
             self.device,
         )
+        self.window = Window(self.strategy, self.batches, world, cfg["seed"], self.autocast)
         self.prompts = [p for p in self.sample_prompts() if self.knows(p)]
         self.folder = Path()
         self.whole: set[Path] = set()  # checkpoints verified in this process
@@ -209,8 +229,9 @@ class Session:
         from etude.loop import validate
 
         found = validate(self.model, self.strategy, self.ref, batches, self.autocast, self.world, self.cfg["seed"])
-        found["loss"] = found.pop("nll", found["loss"])  # of the model, without smoothing and penalties
-        if (size := self.meta.get(f"{split}_bytes")) is not None:
+        if "nll" in found:
+            found["loss"] = found.pop("nll")  # of the model, without smoothing and penalties
+        if "loss" in found and (size := self.meta.get(f"{split}_bytes")) is not None:
             found["bits_per_byte"] = found["loss"] / math.log(2) * self.meta[f"{split}_tokens"] / size
         return found
 
@@ -218,13 +239,15 @@ class Session:
         """Text after each of sample_prompts, written to the trackers by rank 0. -> (prompt, text) pairs."""
         from etude.infer.engine import InferenceEngine
         from etude.infer.sampling import Sampling
+        from etude.text.chat import end_of_turn
 
         if self.world.rank != 0 or not self.prompts:
             return []
-        rows = InferenceEngine(self.model, self.tokenizer).generate(
+        rows = InferenceEngine(self.model, self.tokenizer, self.engine).generate(
             self.prompts,
             sampling=Sampling(temperature=0.8, top_k=50, seed=self.cfg["seed"]),
             max_tokens=self.cfg["sample_tokens"],
+            stop_ids=frozenset(end_of_turn(self.tokenizer)),
         )
         pairs = [(p, r.text) for p, r in zip(self.prompts, rows)]
         for i, (prompt, text) in enumerate(pairs):
@@ -233,14 +256,22 @@ class Session:
 
     def save(self, best: bool) -> None:
         """A checkpoint of this moment; the other ranks wait until it is on disk."""
-        from etude import checkpoint
+        from etude import checkpoint, lora
         from etude.model import weights
 
+        rollout = self.window.files(self.progress.step)
         if self.world.rank == 0:
+            if self.cfg["lora"] is None:
+                tensors = {"model.safetensors": weights.model_tensors(self.model)}
+            else:
+                tensors = {"adapter.safetensors": lora.adapter_tensors(self.model)}
+            if getattr(self.strategy, "sync_interval", None) and self.ref is not None:
+                tensors["reference.safetensors"] = weights.model_tensors(self.ref)
             folder = checkpoint.save(
                 self.checkpoints / f"step_{self.progress.step:08d}",
                 {
-                    "model.safetensors": weights.model_tensors(self.model),
+                    **tensors,
+                    **rollout,
                     "optimizer.safetensors": checkpoint.optimizer_tensors(self.model, self.optimizer),
                     "state.json": self.state(),
                     "config.json": self.model_config(),
@@ -260,7 +291,7 @@ class Session:
         import numpy as np
         import torch
 
-        self.batches.sampler.step = self.progress.step
+        self.batches.sampler.step = self.window.data_step(self.progress.step)
         pack = lambda value: base64.b64encode(value).decode()  # noqa: E731
         return {
             "progress": dataclasses.asdict(self.progress),
@@ -275,6 +306,7 @@ class Session:
             "precision": self.precision,
             "data_sha256": self.meta["sha256"],
             "tokenizer_sha256": self.meta["tokenizer_sha256"],
+            "start_sha256": self.start_sha256,
             "time": time.time(),
         }
 
@@ -284,17 +316,17 @@ class Session:
         return {
             "format": FORMAT,
             "step": self.progress.step,
-            "vocab_size": self.tokenizer.vocab_size,
+            "vocab_size": self.model.vocab_size,
             "model": self.cfg["model"],
             "seq_len": self.data.seq_len,
-        }
+        } | ({} if self.cfg["lora"] is None else {"lora": self.cfg["lora"]})
 
     # ------------------------------------------------------------ from start to end
 
     def restore(self) -> None:
         """Take weights, optimizer and progress from the run's newest whole checkpoint. A run that was stopped before its
         first checkpoint begins again."""
-        from etude import checkpoint
+        from etude import checkpoint, lora
         from etude.model import weights
 
         found = None
@@ -302,6 +334,10 @@ class Session:
             newest = checkpoint.newest(self.checkpoints, lambda text: print(f"warning: {text}", file=sys.stderr))
             found = None if newest is None else str(newest)
         if (found := self.world.broadcast(found)) is None:
+            if self.cfg["init_from"] is not None and self.start_sha256 is None:
+                raise Refusal(
+                    f"there is no checkpoint yet and {self.cfg['init_from']} is not there any more: bring it back"
+                )
             return
         folder = Path(found)
         state = checkpoint.read(folder)
@@ -311,7 +347,20 @@ class Session:
                 raise Refusal(
                     f"the {what} is not what this run was trained on (sha256 {state[name][:12]} then, {now[:12]} now)"
                 )
-        weights.load_model(self.model, weights.tensors(folder, "model"))
+        then = state.get("start_sha256")
+        if then != self.start_sha256 and self.strategy.needs_reference and self.cfg["lora"] is None:
+            raise Refusal(
+                f"{self.cfg['init_from']} is not what this run began with (sha256 of its weights {str(then)[:12]} then, {str(self.start_sha256)[:12]} now), so there is no reference; bring it back"
+            )
+        if self.cfg["lora"] is None:
+            weights.load_model(self.model, weights.tensors(folder, "model"))
+        else:
+            lora.load_adapter(self.model, weights.tensors(folder, "adapter"))
+        if self.ref is not None and (folder / "reference.safetensors").exists():
+            weights.load_model(self.ref, weights.tensors(folder, "reference"))
+        if (folder / "rollout.json").exists():
+            rest = weights.read_json(folder, "rollout.json")
+            self.window.restore(state["progress"]["step"], weights.tensors(folder, "rollout"), rest)
         checkpoint.load_optimizer(self.model, self.optimizer, weights.tensors(folder, "optimizer"))
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
@@ -352,10 +401,12 @@ class Session:
         from etude.track import Jsonl, Trackers
 
         cfg, main = self.cfg, self.world.rank == 0
+        display = Display(cfg["progress"], main)
+        if self.strategy.needs_reference and cfg["reference"] == "cached":
+            self.ref = self.cached_reference(display.say)
         if cfg["resume"] is not None:
             self.restore()
-        display = Display(cfg["progress"], main)
-        limit = horizon(cfg, self.batches)
+        limit = horizon(cfg, self.batches, self.window.iterations)
         if limit is not None and self.progress.step >= limit:
             display.say(
                 f"{self.folder} is complete: {self.progress.step} steps. To train on: python train.py resume={self.folder} max_steps={2 * self.progress.step}"
@@ -368,12 +419,14 @@ class Session:
                 runs.write_metadata(self.folder, cfg, overrides, self.meta, str(self.device))
             else:
                 runs.note_resume(self.folder, cfg, overrides, self.progress.step)
+            if cfg["lora"] is not None:
+                self.write_base()
             status.write()
             self.tracker.open(self.folder, cfg, self.progress.step)
         display.say(self.start_summary(limit))
         if cfg["compile"]:
             for model in (self.model, self.ref):
-                for block in model.blocks if model is not None else ():
+                for block in getattr(model, "blocks", ()):
                     block.compile()
         model = self.parallel.wrap(self.model, self.world)
         try:
@@ -385,6 +438,7 @@ class Session:
                 optimizer=self.optimizer,
                 schedule=conf.build(cfg["scheduler"]),
                 batches=self.batches,
+                window=self.window,
                 parallel=self.parallel,
                 world=self.world,
                 progress=self.progress,
@@ -424,31 +478,67 @@ class Session:
             if main:
                 self.tracker.close()
 
+    def cached_reference(self, say: Callable[[str], None]) -> Any:
+        """The log-probabilities that the model, still untrained, gives the data."""
+        from etude.strategy.reference import precompute
+
+        return precompute(
+            self.model,
+            self.batches.sets.values(),
+            batch_size=self.eval_batch_size,
+            precision=self.precision,
+            cache_dir=self.cfg["cache_dir"],
+            world=self.world,
+            say=say,
+        )
+
     def export(self) -> None:
         """artifacts/export: what inference needs, of the checkpoint with the best validation loss (the last one where
         none was evaluated)."""
-        from etude import checkpoint
+        import torch
+
+        from etude import checkpoint, lora
         from etude.model import weights
 
         best = self.checkpoints / "best"
         source = best if best.exists() else self.checkpoints / "last"
+        tensors, config = {}, json.loads((source / "config.json").read_text())
+        if self.cfg["lora"] is None:
+            tensors = weights.tensors(source, "model")
+        else:
+            config.pop("lora")
+            tensors = weights.model_tensors(weights.from_pretrained(source, "cpu", torch.float32, self.cfg["trusted"]))
+            try:
+                files = lora.peft_files(self.model, weights.tensors(source, "adapter"), self.cfg["lora"])
+                checkpoint.save(self.folder / "artifacts" / "adapter", files)
+            except Refusal as error:  # a model that transformers does not have
+                print(f"note     there is no artifacts/adapter for PEFT: {error}")
         checkpoint.save(
             self.folder / "artifacts" / "export",
-            {
-                "model.safetensors": weights.tensors(source, "model"),
-                "config.json": json.loads((source / "config.json").read_text()),
-                **self.tokenizer.files(),
-            },
+            {"model.safetensors": tensors, "config.json": config, **self.tokenizer.files()},
         )
 
+    def write_base(self) -> None:
+        """artifacts/base: the model under the adapters, which checkpoints then leave out."""
+        from etude import checkpoint, lora
+
+        folder = self.folder / "artifacts" / "base"
+        if not folder.exists():
+            config = {k: v for k, v in self.model_config().items() if k != "lora"}
+            checkpoint.save(
+                folder,
+                {"model.safetensors": lora.base_tensors(self.model), "config.json": config, **self.tokenizer.files()},
+            )
+
     def start_summary(self, limit: int | None) -> str:
+        from etude import memory
         from etude.display import count
 
         meta, size, seq = self.meta, self.cfg["batch_size"], self.data.seq_len
-        n = self.model.n_params()
+        n = sum(p.numel() for p in self.model.parameters())
         flops = self.model.flops_per_token(seq)
         rows = self.batches.sampler.micro_batch_size * seq
-        memory = memory_estimate(self.model, rows, self.precision)
+        needed = 4 * n + 12 * self.trainable + memory.activations(self.model, rows, self.precision)
         each = self.batches.tokens_per_sample
         total = (
             f"{limit:,} steps, {count(limit * size * each)} tokens" if limit else f"{self.cfg['max_minutes']} minutes"
@@ -459,9 +549,10 @@ class Session:
             if self.batches.micro_batches > 1
             else ""
         )
+        adapted = f" ({self.trainable:,} of them trained)" if self.trainable < n else ""
         lines = [
             f"run      {self.folder}" + (f", from step {self.progress.step}" if self.progress.step else ""),
-            f"model    {n:,} parameters, {count(flops)}FLOP a token, about {memory / 2**20:,.0f} MiB to train",
+            f"model    {n:,} parameters{adapted}, {count(flops)}FLOP a token, about {needed / 2**20:,.0f} MiB to train",
             f"data     {meta['files']} file{'s' * (meta['files'] > 1)} of {meta['source']}: {count(meta['train_tokens'])} + {count(meta['val_tokens'])} tokens of {meta['vocab_size']:,} kinds",
             *(f"rows     {line}" for line in self.batches.accounts()),
             f"train    {total}, {samples} tokens a step{accumulation}, {self.device.type} {self.precision}"
@@ -476,15 +567,21 @@ class Session:
 
         metrics = status.fields["metrics"]
         minutes, seconds = divmod(round(self.progress.seconds), 60)
+        name = goal(self.strategy)[0]
+        shown = (
+            f"loss     validation {metrics['val/full_loss']:.4f}"
+            if name == "loss"
+            else f"{name} {metrics[f'val/full_{name}']:.4f} in validation,"
+        )
         lines = [
             f"done     {reason}: {self.progress.step:,} steps, {self.progress.tokens:,} tokens in {minutes} min {seconds} s",
-            f"loss     validation {metrics['val/full_loss']:.4f} over the whole split"
+            f"{shown} over the whole split"
             + (f" ({metrics['val/full_bits_per_byte']:.3f} bits a byte)" if "val/full_bits_per_byte" in metrics else "")
             + (f"; a bigram model's is {self.meta['bigram_loss']:.3f}" if "bigram_loss" in self.meta else ""),
         ]
         if self.progress.best_step:
             lines.append(
-                f"best     step {self.progress.best_step}, validation {goal(self.strategy)[0]} {self.progress.best:.4f} over the same {self.cfg['eval_iters'] or 'whole'} batches each time"
+                f"best     step {self.progress.best_step}, validation {name} {self.progress.best:.4f} over the same {self.cfg['eval_iters'] or 'whole'} batches each time"
             )
         pairs = self.sample(self.progress.step)
         for prompt, text in pairs:
@@ -493,15 +590,3 @@ class Session:
             prompt = next((p for p in self.prompts if p.strip()), "")
             return [*lines, "", f'generate: python generate.py ckpt={self.folder} prompt="{prompt}"']
         return [*lines, "", f"talk:    python generate.py ckpt={self.folder} chat=true"]
-
-
-def memory_estimate(model: Any, rows: int, precision: str) -> int:
-    """Bytes to train: fp32 weights, gradients and two moments, and what the blocks keep of `rows` tokens for the backward
-    pass, 17 numbers a channel and layer (after Korthikanti et al. 2022, without the attention matrix; 2 with activation
-    checkpointing); the head's chunk of logits three times."""
-    from etude.model.head import CHUNK
-
-    width = 2 if precision == "bf16" else 4
-    kept = 2 if model.checkpoint else 17
-    logits = min(rows * model.vocab_size, CHUNK)
-    return model.n_params() * 16 + rows * model.dim * model.n_layers * kept * width + logits * 12

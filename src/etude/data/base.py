@@ -67,7 +67,7 @@ class Data:
         """The ids of every part, as a store."""
         raise NotImplementedError
 
-    def check(self, prepared: Prepared) -> None:
+    def check_prepared(self, prepared: Prepared) -> None:
         """Raises Refusal where what was prepared cannot be cut into samples as this node says."""
         if self.layout == "windows":
             if prepared.meta["kind"] != "text":
@@ -83,7 +83,7 @@ class Data:
                 raise Refusal(
                     "data.isolate_documents=true needs a tokenizer with an end token: use tokenizer=bpe or tokenizer=byte"
                 )
-        elif prepared.meta["kind"] in ("pairs", "prompts") and self.layout != "documents":
+        elif prepared.meta["kind"] in ("pairs", "prompts", "groups") and self.layout != "documents":
             raise Refusal(f"{prepared.meta['kind']} are trained row by row: set data.layout=documents")
 
 
@@ -128,10 +128,11 @@ class Files(Data):
 @dataclasses.dataclass(kw_only=True)
 class Rows(Files):
     """Rows that somebody brings, in any of the formats of etude.data.formats. `split` "hash" puts a document into
-    validation by its content, whatever stands around it; "position" the last ones."""
+    validation by its content, whatever stands around it; "prompt" by what stands before its first answer, so that no
+    question of validation is trained on (by its content where nothing does); "position" the last ones."""
 
     path: str | None
-    split: Literal["hash", "position"]  # type: ignore[misc]
+    split: Literal["hash", "prompt", "position"]  # type: ignore[misc]
     duplicates: Literal["keep", "drop"]  # type: ignore[misc]
     format: str
     rename: dict[str, str] | None

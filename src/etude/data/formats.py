@@ -8,6 +8,7 @@ where no other format is found):
              question + answer · instruction + output (Alpaca) · text
     pairs    chosen + rejected, with or without prompt
     prompts  prompt, question or messages that end in a user's turn; the other keys are kept
+    groups   prompt + completions + rewards, prompt + responses + rewards
 """
 
 import difflib
@@ -32,6 +33,7 @@ KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     "completion": (("prompt", "completion"), ("prompt", "response"), ("question", "answer")),
     "preference": (("chosen", "rejected"),),
     "prompt": (("prompt",), ("question",), ("messages",)),
+    "group": (("prompt", "completions", "rewards"), ("prompt", "responses", "rewards")),
 }
 FORMATS = ("auto", *KEYS)
 TAKES = {
@@ -39,10 +41,12 @@ TAKES = {
     "chats": ("messages", "sharegpt", "completion", "alpaca", "text"),
     "pairs": ("preference",),
     "prompts": ("prompt",),
+    "groups": ("group",),
 }
 KINDS = tuple(TAKES)
-STRATEGIES = {"text": "seq", "chats": "sft", "pairs": "dpo", "prompts": "grpo"}
+STRATEGIES = {"text": "seq", "chats": "sft", "pairs": "dpo", "prompts": "grpo", "groups": "grpo"}
 CALLED = {
+    "group": "a group of completions with rewards",
     "preference": "a preference row",
     "messages": "a chat",
     "sharegpt": "a ShareGPT chat",
@@ -58,7 +62,14 @@ ROLES = {r: r for r in ("system", "developer", "user", "assistant", "tool")} | {
     "bing": "assistant",
     "model": "assistant",
 }
+LARGEST = 3.4e38  # of a reward: they are kept as float32
 PASSED_ON = ("name", "reasoning_content")  # keys of a message that templates know beside role and content
+
+
+KTO = (
+    "label says whether the completion is good (KTO), which is not supported: make pairs of the rows with the same prompt, "
+    "the true one chosen and the false one rejected, for data=pairs strategy=dpo"
+)
 
 
 class BadRow(ValueError):
@@ -74,8 +85,8 @@ class BadRow(ValueError):
 @dataclass(frozen=True, slots=True)
 class Example:
     """`prompt` is "" or [] where there is none. `answers`: of text the text; of a chat all its messages; of a prompt with a
-    completion that; of a preference (chosen, rejected); of a prompt nothing. Prompts alone have `fields`, the row's other
-    keys, which can be written as JSON."""
+    completion that; of a preference (chosen, rejected); of a prompt nothing; of a group its completions. `fields`, which can
+    be written as JSON, are a prompt's other keys, and of a group {"rewards": [a number or None for each completion]}."""
 
     prompt: str | list[Message]
     answers: list[str | list[Message]]
@@ -166,6 +177,8 @@ def normalise(row: dict[str, Any], kind: str, format: str = "auto", rename: Mapp
             return Example(prompt, answers)
         case "preference":
             return _preference(row)
+        case "group":
+            return _group(row, keys[1])
         case _:
             return Example(_prompt(row, keys[0]), [], _fields(row, keys[0]))
 
@@ -179,18 +192,26 @@ def _recognise(
         for candidate in formats:
             for keys in KEYS[candidate]:
                 if all(map(counts, keys)):
+                    if candidate == "completion" and format == "auto" and _labelled(row):
+                        raise BadRow(f"{KTO}, or train on all of them alike with data.format=completion")
                     return candidate, keys
     wanted = [keys for f in formats for keys in KEYS[f]]
     expected = ", ".join(" + ".join(keys) for keys in wanted)
     absent = ", ".join(f"{o}: {t}" for o, t in rename.items() if t not in given)
     if absent:
         hint = f"data.rename={{{absent}}} names keys that are not there"
+    elif _labelled(row):
+        hint = KTO
     else:
-        hint = (
-            _misspelt(given, wanted)
-            or _other_kind(row, kind) + f"name the keys with data.rename={{{_example(given, wanted)}}}"
-        )
+        other = _other_kind(row, kind)
+        misspelt = "" if CALLED["group"] in other else _misspelt(given, wanted)  # completions are no completion
+        hint = misspelt or other + f"name the keys with data.rename={{{_example(given, wanted)}}}"
     raise BadRow(f"the row lacks keys for data={kind}; keys found: {_names(given)}; keys expected: {expected}; {hint}")
+
+
+def _labelled(row: Mapping[str, Any]) -> bool:
+    """A row for KTO (Ethayarajh et al. 2024)."""
+    return row.get("prompt") is not None and row.get("completion") is not None and isinstance(row.get("label"), bool)
 
 
 def _misspelt(row: dict[Any, Any], wanted: list[tuple[str, ...]]) -> str:
@@ -307,6 +328,35 @@ def _first_role(messages: list[Any]) -> str | None:
 def _check_differ(chosen: str | list[Message], rejected: str | list[Message]) -> None:
     if chosen == rejected:
         raise BadRow("chosen and rejected are the same: there is nothing to prefer")
+
+
+def _group(row: dict[str, Any], key: str) -> Example:
+    """A prompt, its completions and their rewards, in the same order."""
+    given, rewards = row[key], row["rewards"]
+    for name, value in ((key, given), ("rewards", rewards)):
+        if not isinstance(value, list):
+            raise BadRow(f"{name} is {_what(value)}, not a list")
+    if len(given) != len(rewards):
+        raise BadRow(f"{key} and rewards differ in number: {len(given)} and {len(rewards)}; give each completion one")
+    if len(given) < 2:
+        raise BadRow(f"{key} has fewer than two: completions are compared with each other")
+    numbers = [_reward(r, f"rewards[{i}]") for i, r in enumerate(rewards)]
+    if all(n is None for n in numbers):
+        raise BadRow("rewards are all null: there is nothing to learn")
+    each = {f"{key}[{i}]": completion for i, completion in enumerate(given)}
+    _prompt(row, "prompt")
+    prompt, answers = _answered({"prompt": row["prompt"]} | each, "prompt", tuple(each))
+    return Example(prompt, answers, {"rewards": numbers})
+
+
+def _reward(value: Any, place: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRow(f"{place} is {_what(value)}, not a number or null")
+    if not -LARGEST < value < LARGEST:  # also nan, which JSON does not have
+        raise BadRow(f"{place} is not finite: {str(value)[:40]}; write null where there is none")
+    return float(value)
 
 
 def _prompt(row: dict[str, Any], key: str) -> str | list[Message]:

@@ -94,15 +94,17 @@ class Documents(Dataset):
     """Rows of whole documents, none of which sees another, padded where they do not fill a row.
 
     A piece is what stands between `begin` and `end` in the split's tokens: a document, or a part of an overlong one. Its
-    ids but the last are inputs, each with the next one as target, where that is one. A sample has `per_sample`
-    rows (two of a pair); a row has one piece, or with `packed` as many as best-fit decreasing puts together."""
+    ids but the last are inputs, each with the next one as target, where that is one. A sample is a row, but for pairs (two)
+    and groups (as many as there are completions); a row has one piece, or with `packed` as many as best-fit decreasing puts
+    together."""
 
     def __init__(self, prepared: Prepared, split: str, data: Data):
         self.prepared, self.split, self.seq_len = prepared, split, data.seq_len
         self.kind: str = prepared.meta["kind"]
-        self.per_sample = 2 if self.kind == "pairs" else 1
+        self.compares = self.kind in ("pairs", "groups")  # documents of a sample stand or fall together
         self.ids = prepared.ids(split)
-        self.masks = Flat(prepared.store, f"{split}/targets") if self.kind in ("chats", "pairs") else None
+        masked = self.kind in ("chats", "pairs", "groups")
+        self.masks = Flat(prepared.store, f"{split}/targets") if masked else None
         self.fields = (
             [Flat(prepared.store, f"{split}/{n}") for n in ("fields", "fields_ends")] if self.kind == "prompts" else []
         )
@@ -111,12 +113,18 @@ class Documents(Dataset):
         self.dropped: Counter[str] = Counter()
         ends = np.asarray(Flat(prepared.store, f"{split}/ends")[:])
         begins = np.concatenate([[0], ends[:-1]])
-        self.row_of, self.begin, self.end = self._pieces(begins, ends, data.overlong)
+        self.rewards, owner = self._groups(len(ends))
+        self.row_of, self.begin, self.end = self._pieces(begins, ends, owner, data.overlong)
         inputs = self.end - self.begin - (self.kind != "prompts")
         if data.layout == "packed":
             self.items, self.row_ends = pack(inputs, self.seq_len)
         else:
             self.items, self.row_ends = np.arange(len(inputs)), np.arange(1, len(inputs) + 1)
+        if self.compares:
+            _, first = np.unique(owner[self.row_of], return_index=True)
+            self.starts = np.append(first, len(self.row_of))
+        else:
+            self.starts = np.arange(len(self.row_ends) + 1)
         if not len(self):
             raise Refusal(
                 f"no usable row is left in the {split} split of {prepared.meta['source']}{tell(self.dropped)}; raise data.seq_len or set data.overlong"
@@ -124,8 +132,23 @@ class Documents(Dataset):
         self.tokens_per_sample = float(inputs.sum() / len(self))
         self.efficiency = float(inputs.sum() / (len(self.row_ends) * self.seq_len))
 
-    def _pieces(self, begin: np.ndarray, end: np.ndarray, overlong: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """-> (document, begin, end) of each piece that fits and has a target."""
+    def _groups(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """-> (reward of each of n documents, which groups alone have; the sample that each belongs to)."""
+        if self.kind != "groups":
+            return np.empty(0, dtype=np.float32), np.arange(n) // (2 if self.kind == "pairs" else 1)
+        rewards, ends = (
+            np.asarray(Flat(self.prepared.store, f"{self.split}/{k}")[:]) for k in ("rewards", "groups_ends")
+        )
+        if not len(rewards) == n == ends[-1]:
+            raise Refusal(
+                f"{self.prepared.meta['source']}: the groups of the {self.split} split are damaged: make them again"
+            )
+        return rewards, np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
+
+    def _pieces(
+        self, begin: np.ndarray, end: np.ndarray, owner: np.ndarray, overlong: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> (document, begin, end) of each piece that fits and has a target. `owner` is each document's sample."""
         room = self.seq_len + (self.kind != "prompts")  # the last id is no input
         row = np.arange(len(begin))
         long = end - begin > room
@@ -133,9 +156,9 @@ class Documents(Dataset):
             if overlong == "error":
                 i = int(long.argmax())
                 raise Refusal(
-                    f"document {i // self.per_sample + 1} of the {self.split} split has {end[i] - begin[i]} tokens and data.seq_len={self.seq_len}: raise it, or set data.overlong to right, left or drop"
+                    f"document {owner[i] + 1} of the {self.split} split has {end[i] - begin[i]} tokens and data.seq_len={self.seq_len}: raise it, or set data.overlong to right, left or drop"
                 )
-            if overlong == "split" and self.kind in ("pairs", "prompts"):
+            if overlong == "split" and self.kind in ("pairs", "prompts", "groups"):
                 raise Refusal(f"{self.kind} cannot be split: set data.overlong to right, left or drop")
             if overlong == "split":
                 self.dropped["overlong, split"] += int(long.sum())
@@ -144,8 +167,9 @@ class Documents(Dataset):
                 nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
                 begin = begin[row] + nth * self.seq_len
                 end = np.minimum(begin + room, end[row])
+                owner = np.arange(len(begin))
             elif overlong == "drop":
-                self.dropped["overlong"] += int(self._samples(long).sum())
+                self.dropped["overlong"] += int(_any(owner, long).sum())
             elif overlong == "right":
                 self.dropped["overlong, cut on the right"] += int(long.sum())
                 end = np.minimum(end, begin + room)
@@ -154,18 +178,13 @@ class Documents(Dataset):
                 begin = np.maximum(begin, end - room)
         keep = np.ones(len(begin), dtype=bool)
         if overlong == "drop":
-            keep &= ~np.repeat(self._samples(long), self.per_sample)
+            keep &= ~_any(owner, long)[owner]
         if self.kind != "prompts":
-            hopeless = self._targets(begin, end) == 0
-            hopeless = np.repeat(self._samples(hopeless), self.per_sample) & keep
-            self.dropped["no target"] += int(hopeless.sum()) // self.per_sample
-            keep &= ~hopeless
+            hopeless = _any(owner, self._targets(begin, end) == 0) & _any(owner, keep)
+            self.dropped["no target"] += int(hopeless.sum())
+            keep &= ~hopeless[owner]
         self.dropped = +self.dropped
         return row[keep], begin[keep], end[keep]
-
-    def _samples(self, rows: np.ndarray) -> np.ndarray:
-        """Which samples have one of these rows."""
-        return rows.reshape(-1, self.per_sample).max(1)
 
     def _targets(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
         """How many targets each piece has: what its first id is, is not predicted."""
@@ -182,7 +201,7 @@ class Documents(Dataset):
         return counts
 
     def __len__(self) -> int:
-        return len(self.row_ends) // self.per_sample
+        return len(self.starts) - 1
 
     @property
     def epoch_samples(self) -> int:
@@ -190,15 +209,18 @@ class Documents(Dataset):
 
     def rows(self, sample: int) -> list[list[int]]:
         """The pieces in each of a sample's rows."""
-        first = sample * self.per_sample
-        starts = [self.row_ends[i - 1] if i else 0 for i in range(first, first + self.per_sample)]
-        return [self.items[a : self.row_ends[first + i]].tolist() for i, a in enumerate(starts)]
+        numbers = range(self.starts[sample], self.starts[sample + 1])
+        return [self.items[self.row_ends[i - 1] if i else 0 : self.row_ends[i]].tolist() for i in numbers]
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """-> tokens, targets, doc_ids (rows, T); rows is B, or 2B for pairs: chosen, rejected, chosen, ... doc_ids count the
-        documents of a row, -1 is padding. Of prompts: tokens, doc_ids, and `fields`, a row's other keys."""
+        documents of a row, -1 is padding. Of prompts: tokens, doc_ids, and `fields`, a row's other keys. Of groups a row is
+        a completion, and there are group (rows,) int64, its group's number in the batch, and rewards (rows,) float32, NaN
+        where there is none."""
         whole = self.kind == "prompts"
-        rows = [row for i in indices for row in self.rows(i)]
+        samples = [self.rows(i) for i in indices]
+        rows = [row for sample in samples for row in sample]
+        owner = np.repeat(np.arange(len(samples)), [len(sample) for sample in samples])
         widths = [sum(int(self.end[p] - self.begin[p]) - (not whole) for p in row) for row in rows]
         T = self.seq_len if self.fixed_width else min(-(-max(widths) // ROUND) * ROUND, self.seq_len)
         tokens = np.full((len(rows), T), self.filler, dtype=np.int64)
@@ -219,13 +241,24 @@ class Documents(Dataset):
                     targets[r, at : at + n] = following
                 at += n
         for ids in (tokens, targets):
-            check_ids(
-                ids, self.prepared.meta["vocab_size"], self.prepared, f"{self.split} sample {indices}", self.per_sample
-            )
+            check_ids(ids, self.prepared.meta["vocab_size"], self.prepared, f"{self.split} sample {indices}", owner)
         batch: Batch = {"tokens": torch.from_numpy(tokens), "doc_ids": torch.from_numpy(doc_ids)}
         if whole:
             return batch | {"fields": [self.fields_of(self.rows(i)[0][0]) for i in indices]}
-        return batch | {"targets": torch.from_numpy(targets)}
+        batch["targets"] = torch.from_numpy(targets)
+        if self.kind == "groups":
+            batch["group"] = torch.from_numpy(owner)
+            batch["rewards"] = torch.from_numpy(self.rewards[self.row_of[[row[0] for row in rows]]])
+        return batch
+
+    def spread(self) -> str:
+        """How many completions groups have, and in how many of them none is better than another."""
+        if self.kind != "groups":
+            return ""
+        sizes, each = np.diff(self.starts), np.split(self.rewards[self.row_of], self.starts[1:-1])
+        silent = sum(len(np.unique(r[~np.isnan(r)])) < 2 for r in each)
+        line = f" of {sizes.min()} to {sizes.max()} completions"
+        return line + (f", {silent:,} without signal (rewards all alike)" if silent else "")
 
     def fields_of(self, piece: int) -> dict[str, Any]:
         document = int(self.row_of[piece])
@@ -236,7 +269,8 @@ class Documents(Dataset):
     def prompts(self, n: int) -> list[list[int]]:
         """The ids before the first target of the first n documents, where there are any."""
         found = []
-        for begin, end in zip(self.begin[: n * self.per_sample : self.per_sample], self.end[:: self.per_sample]):
+        first = self.starts[:-1] if self.compares else np.arange(len(self.begin))
+        for begin, end in zip(self.begin[first[:n]], self.end[first[:n]]):
             until = int(end)
             if self.masks is not None:
                 until = int(begin) + int(self.masks.read(int(begin), int(end)).argmax())
@@ -254,6 +288,11 @@ class Documents(Dataset):
         """All samples in order."""
         for i in range(0, len(self), batch_size):
             yield self.__getitems__(list(range(i, min(i + batch_size, len(self)))))
+
+
+def _any(owner: np.ndarray, marked: np.ndarray) -> np.ndarray:
+    """Which samples own something that is marked."""
+    return np.bincount(owner, weights=marked) > 0
 
 
 class Chain(Dataset):
@@ -311,28 +350,38 @@ def merge(groups: list[Batch], places: list[np.ndarray]) -> Batch:
     documents are, the others' rows are one document each."""
     if len(groups) == 1:
         return groups[0]
-    per_sample = len(groups[0]["tokens"]) // len(places[0])
     n, T = sum(map(len, places)), max(g["tokens"].shape[1] for g in groups)
+    sizes = np.zeros(n, dtype=np.int64)  # rows of each sample
+    for group, at in zip(groups, places):
+        sizes[at] = np.bincount(group["group"]) if "group" in group else len(group["tokens"]) // len(at)
+    starts = np.cumsum(sizes) - sizes
     names = {k for g in groups for k in g}
     filling = {"tokens": 0, "targets": IGNORED, "doc_ids": PADDING}
-    out: Batch = {k: torch.full((n * per_sample, T), v) for k, v in filling.items() if k in names}
+    out: Batch = {k: torch.full((int(sizes.sum()), T), v) for k, v in filling.items() if k in names}
     out |= {"fields": [{}] * n} if "fields" in names else {}
+    if "group" in names:
+        out["group"] = torch.from_numpy(np.repeat(np.arange(n), sizes))
+        out["rewards"] = torch.zeros(int(sizes.sum()))
     for group, at in zip(groups, places):
-        rows = torch.from_numpy((at[:, None] * per_sample + np.arange(per_sample)).ravel())
+        rows = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i] + sizes[i]) for i in at]))
         if "doc_ids" in names and "doc_ids" not in group:
             group = group | {"doc_ids": torch.zeros_like(group["tokens"])}
         for name, value in group.items():
             if name == "fields":
                 for i, fields in zip(at, value):
                     out["fields"][i] = fields
-            else:
+            elif name == "rewards":
+                out[name][rows] = value
+            elif name != "group":
                 out[name][rows, : value.shape[1]] = value
     return out
 
 
-def check_ids(ids: np.ndarray, vocab_size: int, prepared: Prepared, what: str, per_sample: int = 1) -> None:
+def check_ids(ids: np.ndarray, vocab_size: int, prepared: Prepared, what: str, owner: np.ndarray | None = None) -> None:
+    """Raises Refusal for an id that there is not; `owner` are the rows' samples, where those are not one each."""
     if ids.max() >= vocab_size:
-        row = int((ids.max(1) >= vocab_size).argmax()) // per_sample
+        row = int((ids.max(1) >= vocab_size).argmax())
+        row = row if owner is None else int(owner[row])
         raise Refusal(
             f"{prepared.meta['source']}, row {row} of {what}: token id {ids.max()} is outside the vocabulary of {vocab_size}; "
             "the ids are damaged, or the tokenizer is not the one that made them"
@@ -345,7 +394,7 @@ def tell(dropped: Counter[str]) -> str:
 
 def data_set(data: Data, prepared: Prepared, split: str) -> Windows | Documents:
     """The samples of one source's split."""
-    data.check(prepared)
+    data.check_prepared(prepared)
     if data.layout == "windows":
         eos = prepared.meta["eos"] if data.isolate_documents else None
         return Windows(prepared, split, data.seq_len, data.step_between, eos)
@@ -399,7 +448,7 @@ class Batches:
                 continue
             line = f"{len(data):,} samples" + (f" of {name}" if name else "")
             if isinstance(data, Documents):
-                line = f"{len(data.row_of) // data.per_sample:,} rows in {line}"
+                line = f"{len(data if data.compares else data.row_of):,} rows in {line}{data.spread()}"
                 line += f", {data.efficiency:.1%} full" if part.layout == "packed" else ""
             line += "".join(f"; {n:,} left out: {why}" for why, n in p.meta["dropped"].items())
             lines.append(line + "".join(f"; {n:,} {why}" for why, n in data.dropped.items()))

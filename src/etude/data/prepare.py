@@ -165,7 +165,7 @@ class Preparation:
         self.counts["duplicates"] = int(again.sum())
         kept = good & ~(again[self.document] & (source.duplicates == "drop"))
         self.cut: tuple[int, int] | None = None  # (entry, characters of it that are training)
-        if source.split == "hash":
+        if source.split != "position":
             validation = digests[:, 0] < np.uint64(source.val_fraction * 2.0**64)
             self.fate = np.where(validation, VAL, TRAIN).astype(np.uint8)[self.document]
         else:
@@ -184,7 +184,7 @@ class Preparation:
             n, key = len(digests), source.key
             raise Refusal(
                 f"{self.named()}: none of {n} document{'s' * (n > 1)} falls into the {empty} split{self._dropped()}; "
-                f"change {key}val_fraction{f' or set {key}split=position' if source.split == 'hash' else ''}, or bring more documents"
+                f"change {key}val_fraction{f' or set {key}split=position' if source.split != 'position' else ''}, or bring more documents"
             )
         # nanoGPT's layout for one text: nothing stands behind it. Documents have an end token behind each.
         alone = source.split == "position" and source.kind == "text"

@@ -29,8 +29,8 @@ READ = 1 << 20  # bytes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Files and how documents are made of them. `kind`: text, chats, pairs or prompts. `split`: "hash" puts a document
-    into validation by its content, "position" the last characters of all. `separator` parts text files into documents."""
+    """Files and how documents are made of them. `kind`: text, chats, pairs, prompts or groups. `split`: "hash" puts a
+    document into validation by its content, "prompt" by what it asks, "position" the last characters of all. `separator` parts text files into documents."""
 
     kind: str
     root: Path

@@ -16,6 +16,7 @@ USUAL: dict[str, tuple[Any, Any, Any]] = {
     "chats": ("packed", "right", "shuffle"),
     "pairs": ("documents", "right", "shuffle"),
     "prompts": ("documents", "drop", "shuffle"),
+    "groups": ("documents", "drop", "shuffle"),
 }
 
 

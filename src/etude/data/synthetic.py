@@ -1,6 +1,7 @@
 """Rows for every strategy, made by code: arithmetic with small numbers, and what can be done to short words. Row i of a
 stream is a pure function of (stream, seed, i): it depends neither on how many are asked for nor on the other streams."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -267,6 +268,93 @@ def prompts(n: int, seed: int) -> Iterator[dict[str, Any]]:
     for i in range(n):
         problem = _problem(_rng("prompts", seed, i))
         yield {"prompt": [_said("user", problem.question)], "answer": problem.answer, "task": problem.task}
+
+
+def groups(n: int, seed: int) -> Iterator[dict[str, Any]]:
+    """{"prompt": [...], "completions": [...], "rewards": [...]}: three to six answers to a question of arithmetic, some of
+    them right (1.0) and some wrong (0.0)."""
+    for i in range(n):
+        rng = _rng("groups", seed, i)
+        yield _group(rng, rng.choice(ARITHMETIC)(rng))
+
+
+def _group(rng: random.Random, problem: Problem) -> dict[str, Any]:
+    size = rng.randrange(3, 7)
+    right = rng.randrange(1, size)
+    wrong = [_near(rng, int(problem.answer)) if problem.number else problem.wrong for _ in range(size - right)]
+    judged = [(problem.answer, 1.0)] * right + [(answer, 0.0) for answer in wrong]
+    rng.shuffle(judged)
+    return {
+        "prompt": [_said("user", problem.question)],
+        "completions": [answer for answer, _ in judged],
+        "rewards": [reward for _, reward in judged],
+    }
+
+
+# ---------------------------------------------------------------- one task for supervised and reinforcement learning
+
+
+def arithmetic(kind: str, n: int, seed: int, digits: int, operations: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a kind of data that ask "What is 47 + 38?", answered by the number alone: no question twice, and row i of
+    every kind asks the same. n is at most the number of questions."""
+    for i in range(n):
+        rng = _rng("arithmetic", seed, i)
+        problem = _calculation(rng, shuffled(i, n_questions(digits, operations), seed), digits, operations)
+        asked, right = [_said("user", problem.question)], [_said("assistant", problem.answer)]
+        match kind:
+            case "chats":
+                yield {"prompt": asked, "completion": right}
+            case "pairs":
+                yield {"prompt": asked, "chosen": right, "rejected": [_said("assistant", problem.wrong)]}
+            case "prompts":
+                yield {"prompt": asked, "answer": problem.answer, "task": problem.task}
+            case "groups":
+                yield _group(rng, problem)
+
+
+# What there is to ask of numbers below N: how many questions, and question q of them as (terms, result). Differences are
+# not negative; products have a number below ten on the right.
+OPERATIONS: dict[str, tuple[Callable[[int], int], Callable[[int, int], tuple[str, int]]]] = {
+    "add": (lambda N: N * N, lambda q, N: (f"{q // N} + {q % N}", q // N + q % N)),
+    "subtract": (lambda N: N * (N + 1) // 2, lambda q, N: _difference(q)),
+    "multiply": (lambda N: 8 * N, lambda q, N: (f"{q // 8} * {q % 8 + 2}", q // 8 * (q % 8 + 2))),
+}
+
+
+def n_questions(digits: int, operations: list[str]) -> int:
+    return sum(OPERATIONS[o][0](10**digits) for o in operations)
+
+
+def _calculation(rng: random.Random, q: int, digits: int, operations: list[str]) -> Problem:
+    """Question q of all that there are."""
+    for name in operations:
+        count, make = OPERATIONS[name]
+        if q < count(10**digits):
+            break
+        q -= count(10**digits)
+    terms, result = make(q, 10**digits)
+    return Problem(name, f"What is {terms}?", str(result), _near(rng, result), True)
+
+
+def _difference(q: int) -> tuple[str, int]:
+    """a - b, b not above a: all with a = 0, then those with a = 1, ..."""
+    a = (math.isqrt(8 * q + 1) - 1) // 2
+    b = q - a * (a + 1) // 2
+    return f"{a} - {b}", a - b
+
+
+def shuffled(i: int, n: int, seed: int) -> int:
+    """Where i goes in a permutation of range(n): one of range(2^k) of odd multiples and shifts, applied again until it
+    falls below n (cycle walking, Black & Rogaway 2002)."""
+    rng = random.Random(f"shuffled {seed}")
+    rounds = [(2 * rng.getrandbits(60) + 1, rng.getrandbits(60)) for _ in range(4)]
+    bits = max(2, (n - 1).bit_length())
+    while True:
+        for factor, offset in rounds:
+            i = (i * factor + offset) % (1 << bits)
+            i ^= i >> (bits // 2)
+        if i < n:
+            return i
 
 
 def texts(n: int, seed: int) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,9 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +19,7 @@ from etude.data.formats import BadRow, Example, normalise, parse
 from etude.data.source import Source, Unit, cut
 from etude.errors import Refusal
 from etude.text import tokenizer as tok
+from etude.text.chat import Message
 
 DROP, TRAIN, VAL, CUT = 0, 1, 2, 3  # what becomes of an entry
 SPLITS = {TRAIN: "train", VAL: "val"}
@@ -26,13 +29,22 @@ Arrays = dict[str, list[np.ndarray]]
 
 def parts(kind: str) -> dict[str, str]:
     """The arrays of a split by name, with their types ("ids": as wide as the vocabulary needs). `ends` are the places in
-    `tokens` where documents end; `targets` marks the tokens to be predicted; `fields` are a row's other keys as JSON."""
-    more = {"text": {}, "chats": {"targets": "uint8"}, "pairs": {"targets": "uint8"}}
-    return {"tokens": "ids", "ends": "int64"} | more.get(kind, {"fields": "uint8", "fields_ends": "int64"})
+    `tokens` where documents end; `targets` marks the tokens to be predicted; `fields` are a row's other keys as JSON; `rewards` are each document's, NaN
+    where there is none, and `groups_ends` the places among the documents where groups end."""
+    targets = {"targets": "uint8"}
+    more = {
+        "text": {},
+        "chats": targets,
+        "pairs": targets,
+        "prompts": {"fields": "uint8", "fields_ends": "int64"},
+        "groups": targets | {"rewards": "float32", "groups_ends": "int64"},
+    }
+    return {"tokens": "ids", "ends": "int64"} | more[kind]
 
 
 def scan_unit(source: Source, unit: Unit) -> list[tuple[bytes, int] | BadRow]:
-    """(hash, characters) of each entry, or what is wrong with it."""
+    """(hash, characters) of each entry, or what is wrong with it. The first 8 bytes of the hash decide on which side a
+    document is: with split=prompt they are the prompt's."""
     found: list[tuple[bytes, int] | BadRow] = []
     for entry in unit.entries:
         try:
@@ -44,10 +56,21 @@ def scan_unit(source: Source, unit: Unit) -> list[tuple[bytes, int] | BadRow]:
                 found.append((text_hash(cut(texts[0])), len(texts[0])))
             else:
                 whole = json.dumps([example.prompt, example.answers, example.fields], sort_keys=True)
-                found.append((text_hash([whole]), sum(map(len, texts))))
+                digest = text_hash([whole])
+                if source.split == "prompt" and (prompt := asked(example)):
+                    digest = text_hash([json.dumps(prompt, sort_keys=True)])[:8] + digest[8:]
+                found.append((digest, sum(map(len, texts))))
         except BadRow as error:
             found.append(error)
     return found
+
+
+def asked(example: Example) -> str | list[Message]:
+    """What stands before the first answer, the same for a chat, a prompt and a pair that ask the same; "" or [] for what
+    begins with one."""
+    if example.prompt or not example.answers or isinstance(example.answers[0], str):
+        return example.prompt
+    return list(itertools.takewhile(lambda m: m["role"] != "assistant", example.answers[0]))
 
 
 def without_data(text: str) -> str:
@@ -112,6 +135,10 @@ def encode_unit(source: Source, folder: Path, unit: Unit, plan: Plan) -> tuple[A
             out[f"{split}/ends"].append(np.array([len(document.ids)]))
             if source.kind != "prompts":
                 out[f"{split}/targets"].append(document.targets.astype(np.uint8))
+        if source.kind == "groups":
+            rewards = [math.nan if r is None else r for r in example.fields["rewards"]]
+            out[f"{split}/rewards"].append(np.array(rewards, dtype=np.float32))
+            out[f"{split}/groups_ends"].append(np.array([len(rewards)]))
         if source.kind == "prompts":
             fields = np.frombuffer(json.dumps(example.fields, ensure_ascii=False).encode(), dtype=np.uint8)
             out[f"{split}/fields"].append(fields)

@@ -2,8 +2,8 @@
 
 A forward computes a `Batch`: chunks of several sequences, one after another in one row of N tokens, prompts and single new
 tokens alike. Each layer stores its keys and values in the slots of those tokens (slot = page * page_size + offset) and
-attends each chunk to its own sequence, in one of four ways that give the same numbers: see BACKENDS. Shapes: N tokens,
-H heads, D channels, S slots, L positions."""
+attends each chunk to its own sequence, in one of several ways that give the same numbers: see BACKENDS. Shapes: N tokens,
+B sequences of which one token is computed, P pages, H heads, D channels, S slots, L positions."""
 
 import functools
 from collections.abc import Callable
@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from etude.errors import Refusal
 from etude.infer import kernels
 from etude.infer.pages import Copy, PagePool, Table
 from etude.model import attention
 
 SHARED = 256  # positions that several single tokens have in common from which on they are attended to once
+SPAN = 1 << 18  # positions, at most, that `padded` copies at a time
 
 
 class Chunk(NamedTuple):
@@ -92,14 +94,36 @@ class Batch:
 
     @functools.cached_property
     def paged(self) -> "Paged":
-        width = max(len(c.table.pages) for c in self.chunks)
-        tables = torch.zeros(len(self.chunks), width, dtype=torch.int32)
-        for row, c in zip(tables, self.chunks):
-            row[: len(c.table.pages)] = torch.tensor(c.table.pages, dtype=torch.int32).clamp_min(0)
         ends = torch.tensor([c.end for c in self.chunks], dtype=torch.int32)
         bounds = torch.tensor([0, *(b for _, b in self.bounds)], dtype=torch.int32)
         longest = max(c.length for c in self.chunks), max(c.end for c in self.chunks)
-        return Paged(tables.to(self.device), ends.to(self.device), bounds.to(self.device), *longest)
+        return Paged(self._tables(self.chunks), ends.to(self.device), bounds.to(self.device), *longest)
+
+    @functools.cached_property
+    def decodings(self) -> list[tuple[Tensor, "Decoding"]]:
+        """(rows, they) of the chunks of one token, those of similar length together, no more than SPAN positions each."""
+        single = [i for i, c in enumerate(self.chunks) if c.length == 1]
+        groups: list[list[int]] = []
+        for i in sorted(single, key=lambda i: -self.chunks[i].start):
+            longest = self.chunks[groups[-1][0]].end if groups else 0
+            if not groups or 4 * self.chunks[i].end < longest or (len(groups[-1]) + 1) * longest > SPAN:
+                groups.append([])
+            groups[-1].append(i)
+        found = []
+        for members in groups:
+            rows = torch.tensor([self.bounds[i][0] for i in members], device=self.device)
+            tables = self._tables([self.chunks[i] for i in members])
+            one = Decoding(self.slots[rows], self.positions[0, rows], tables, self.pool.page_size)
+            found.append((rows, one))
+        return found
+
+    def _tables(self, chunks: list[Chunk]) -> Tensor:
+        """Their pages (C, P) int32; in place of those behind a window the spare one."""
+        tables = np.full((len(chunks), max(len(c.table.pages) for c in chunks)), self.pool.n_pages, dtype=np.int32)
+        for row, c in zip(tables, chunks):
+            row[: len(c.table.pages)] = c.table.pages
+        tables[tables < 0] = self.pool.n_pages
+        return torch.from_numpy(tables).to(self.device)
 
 
 class Paged(NamedTuple):
@@ -113,9 +137,37 @@ class Paged(NamedTuple):
     longest: int
 
 
+class Decoding:
+    """The next token of each of B sequences, in shapes that do not depend on what is computed: slots and positions (B,)
+    int64, page numbers (B, P) int32. Like a `Batch`, but for what concerns other chunks."""
+
+    def __init__(self, slots: Tensor, positions: Tensor, tables: Tensor, page_size: int):
+        self.slots, self.positions, self.tables, self.page_size = slots, positions, tables, page_size
+        self._reach: dict[int | None, tuple[Tensor, Tensor]] = {}
+
+    @functools.cached_property
+    def paged(self) -> Paged:
+        (n, pages), device = self.tables.shape, self.tables.device
+        bounds = torch.arange(n + 1, dtype=torch.int32, device=device)
+        return Paged(self.tables, (self.positions + 1).to(torch.int32), bounds, 1, pages * self.page_size)
+
+    def reach(self, window: int | None, spare: int) -> tuple[Tensor, Tensor]:
+        """Slots (B L,) of the first P pages' positions, slot `spare` in place of those that a token does not see, and
+        which it does: (B, 1, 1, L)."""
+        if (found := self._reach.get(window)) is None:
+            size, device = self.page_size, self.slots.device
+            slots = self.tables.long()[:, :, None] * size + torch.arange(size, device=device)
+            behind = self.positions[:, None] - torch.arange(slots[0].numel(), device=device)
+            seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+            slots = slots.flatten(1).masked_fill(~seen, spare).flatten()
+            found = self._reach[window] = slots, seen[:, None, None]
+        return found
+
+
 class PagedCache:
     """Keys and values (S, H_kv, D) of each layer, in the model's dtype. `shapes` gives each layer's (key heads, key channels,
-    value channels); without value channels the values are the keys' first ones (MLA)."""
+    value channels); without value channels the values are the keys' first ones (MLA). Backends of STATIC shapes have one
+    page more than the pool, which belongs to nobody: what fills up a shape may be read and written there."""
 
     def __init__(
         self,
@@ -125,13 +177,18 @@ class PagedCache:
         device: torch.device,
         backend: str,
     ):
-        slots = pool.n_pages * pool.page_size
+        self.spare = pool.n_pages * pool.page_size  # the first slot of the page that is nobody's
+        slots = self.spare + (pool.page_size if backend in STATIC else 0)
         new = functools.partial(torch.empty, dtype=dtype, device=device)  # the system gives memory as it is written
         self.layers = [
             _Layer(self, new(slots, heads, dk), new(slots, heads, dv) if dv else None) for heads, dk, dv in shapes
         ]
+        for layer in self.layers:
+            for t in (layer.k, layer.v):
+                if t is not None:
+                    t[self.spare :] = 0  # a NaN there would count, though it is masked
         self.page_size, self.backend = pool.page_size, BACKENDS[backend]
-        self.batch: Batch
+        self.batch: Batch | Decoding
 
     def __getitem__(self, layer: int) -> "_Layer":
         return self.layers[layer]
@@ -276,10 +333,46 @@ def gather(
     return y
 
 
-def varlen(
-    layer: _Layer, q: Tensor, k: Tensor, v: Tensor | None, scale: float, window: int | None, batch: Any
+def padded(
+    layer: _Layer, q: Tensor, k: Tensor, v: Tensor | None, scale: float, window: int | None, batch: Batch | Decoding
 ) -> Tensor:
-    """torch's paged flash kernel (CUDA, half precision): one call for all chunks, in static shapes, without a copy."""
+    """Single tokens together: copies of their sequences, filled up to one length. Any device and dtype; shapes are static
+    where every chunk is one token."""
+    keys, values = layer.store(k, v, batch.slots)
+    if isinstance(batch, Decoding):
+        return _filled_up(q, keys, values, scale, window, batch, layer.owner.spare)
+    y = q.new_empty(*q.shape[:2], values.shape[-1])
+    for i, (a, b) in enumerate(batch.bounds):
+        if b - a > 1:
+            y[a:b] = _prompt(q[a:b], keys, values, scale, window, batch, i)
+    for rows, decoding in batch.decodings:
+        y[rows] = _filled_up(q[rows], keys, values, scale, window, decoding, layer.owner.spare)
+    return y
+
+
+def _filled_up(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, batch: Decoding, spare: int
+) -> Tensor:
+    """q (B, H, D) -> (B, H, D_v)."""
+    slots, seen = batch.reach(window, spare)
+    k = keys.index_select(0, slots).unflatten(0, (len(q), -1)).transpose(1, 2)
+    v = k if values is keys else values.index_select(0, slots).unflatten(0, (len(q), -1)).transpose(1, 2)
+    q = q.unflatten(1, (k.shape[1], -1))  # queries that share keys are rows of one head, (B, H_kv, H / H_kv, D)
+    return attention.sdpa(q, k, v, seen, scale).flatten(1, 2)
+
+
+def varlen(
+    layer: _Layer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    scale: float,
+    window: int | None,
+    batch: Batch | Decoding,
+    **options: Any,
+) -> Tensor:
+    """torch's paged flash kernel (CUDA, half precision): one call for all chunks, without a copy. Every keyword is one
+    that the result depends on, so a version of torch that lacks one has to raise, which `agrees` sees."""
     from torch.nn.attention.varlen import varlen_attn
 
     keys, values = (t.unflatten(0, (-1, layer.owner.page_size)) for t in layer.store(k, v, batch.slots))
@@ -289,7 +382,7 @@ def varlen(
         keys,
         values,
         p.bounds,
-        None,
+        None,  # where keys begin: the tables say so
         p.longest_chunk,
         p.longest,
         scale=scale,
@@ -297,49 +390,99 @@ def varlen(
         enable_gqa=q.shape[1] != k.shape[1],
         seqused_k=p.ends,
         block_table=p.tables,
+        **options,
     )
     assert isinstance(y, Tensor)
     return y
 
 
-def varlen_works(shapes: list[tuple[int, int, int]], page_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel takes these shapes here and agrees with `gather` on random numbers: what it takes differs between
-    GPUs and between versions of torch."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or any(dk != dv for _, dk, dv in shapes):
-        return False
-    pool = PagePool(4, page_size)
-    table, _ = pool.open([])
-    pool.grow(table, 3 * page_size)
-    made = torch.Generator(device).manual_seed(0)
-    for heads, width, _ in set(shapes):
-        found = []
-        for backend in ("varlen", "gather"):
-            cache = PagedCache([(heads, width, width)], pool, dtype, device, backend)
-            made.manual_seed(0)
-            for start, length in ((0, 2 * page_size + 1), (2 * page_size + 1, 1)):
-                cache.batch = Batch([Chunk(table, start, length)], pool, device)
-                q, k, v = (
-                    torch.randn(1, h, length, width, generator=made, device=device, dtype=dtype)
-                    for h in (2 * heads, heads, heads)
-                )
-                try:
-                    found.append(cache[0].attend(q, k, v, width**-0.5))
-                except (RuntimeError, TypeError, ImportError):
-                    return False
-        if not all(torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in zip(found[:2], found[2:])):
-            return False
-    return True
-
-
-BACKENDS: dict[str, Callable[..., Any]] = {"native": native, "views": views, "gather": gather, "varlen": varlen}
+BACKENDS: dict[str, Callable[..., Any]] = {
+    "native": native,
+    "views": views,
+    "gather": gather,
+    "padded": padded,
+    "varlen": varlen,
+    "varlen_unsplit": functools.partial(varlen, num_splits=1),  # right where what splits sequences is not, see `agrees`
+}
+STATIC = ("varlen", "varlen_unsplit", "padded")  # shapes of single tokens do not depend on lengths, the best first
 
 
 def choose_backend(
     asked: str, shapes: list[tuple[int, int, int]], page_size: int, dtype: torch.dtype, device: torch.device
 ) -> str:
-    """The way that `asked` names; auto: the fastest that works here."""
-    if asked != "auto":
-        return asked
-    if device.type == "cpu":
+    """The way that `asked` names; auto: the fastest that works here. Raises Refusal for a varlen that does not."""
+    if asked == "auto" and device.type == "cpu":
         return "native" if dtype in (torch.float32, torch.bfloat16) and kernels.available() else "views"
-    return "varlen" if shapes and varlen_works(shapes, page_size, dtype, device) else "gather"
+    if asked not in ("auto", "varlen"):
+        return asked
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        for name in ("varlen", "varlen_unsplit"):
+            if agrees(name, shapes, page_size, dtype, device):
+                return name
+    if asked == "varlen":
+        raise Refusal(
+            f"engine.attention=varlen: torch {torch.__version__} has no paged kernel for {str(dtype)[6:]} on {device.type} "
+            f"with pages of {page_size} that computes what it should; type auto, or engine.page_size=256"
+        )
+    return "padded"
+
+
+def agrees(
+    backend: str, shapes: list[tuple[int, int, int]], page_size: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether a backend takes these shapes here and computes what `gather` does, to 2 %. What a kernel takes, and gets
+    right, differs between GPUs and between versions of torch: https://github.com/pytorch/pytorch/issues/194167 says of
+    2.12 that with sequences long enough to be split, no row behind the first is written."""
+    for shape in set(shapes):
+        expected = _trial("gather", shape, page_size, dtype, device)
+        for as_graphs in (False, True) if backend in STATIC else (False,):
+            try:
+                found = _trial(backend, shape, page_size, dtype, device, as_graphs)
+            except (RuntimeError, TypeError, ValueError, AttributeError, ImportError):
+                return False
+            if not all(torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in zip(found, expected, strict=True)):
+                return False  # so does NaN
+    return True
+
+
+@torch.inference_mode()
+def _trial(
+    backend: str,
+    shape: tuple[int, int, int],
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    as_graphs: bool = False,
+) -> list[Tensor]:
+    """What a backend makes of random numbers: prompts and single tokens of three sequences, too long for one block of a
+    kernel, with and without a window, where all else in the cache is NaN. `as_graphs`: single tokens in static shapes."""
+    heads, width, own_values = shape
+    lengths = [[1024 + page_size // 2, 700, 0], [1, 5, 3], [1, 1, 1]]
+    pool = PagePool(3 * (1100 // page_size + 2), page_size)
+    tables = [pool.open([])[0] for _ in range(3)]
+    for i, length in ((1, 1), (0, 1100), (1, 1100), (2, 5)):  # neither in order nor adjacent
+        pool.grow(tables[i], length)
+    cache = PagedCache([shape], pool, dtype, device, backend)
+    for t in (cache[0].k, cache[0].v):
+        if t is not None:
+            t[: cache.spare] = torch.nan
+    made, starts, found = torch.Generator(device).manual_seed(0), [0, 0, 0], []
+    for step in lengths:
+        chunks = [Chunk(t, start, n) for t, start, n in zip(tables, starts, step) if n]
+        starts = [start + n for start, n in zip(starts, step)]
+        q, k, v = (
+            torch.randn(1, h, sum(step), width, generator=made, device=device, dtype=dtype)
+            for h in (2 * heads, heads, heads)
+        )
+        batch = cache.batch = Batch(chunks, pool, device)
+        if as_graphs and len(chunks) == sum(step):
+            slots, positions = (
+                F.pad(t, (0, 2), value=x) for t, x in ((batch.slots, cache.spare), (batch.positions[0], 0))
+            )
+            pages = F.pad(batch.paged.tables, (0, 3, 0, 2), value=pool.n_pages)
+            cache.batch = Decoding(slots, positions, pages, page_size)
+            q, k, v = (F.pad(t, (0, 0, 0, 2)) for t in (q, k, v))
+        for window in (None, page_size + 3):
+            y = cache[0].attend(q, k, v if own_values else None, width**-0.5, window)
+            found.append(y[:, :, : sum(step)])
+    return found

@@ -5,6 +5,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import queue
 import threading
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from etude.errors import Refusal
-from etude.infer import kernels
-from etude.infer.cache import Batch, PagedCache, choose_backend
+from etude.infer import graphs, kernels
+from etude.infer.cache import STATIC, Batch, Chunk, PagedCache, choose_backend
 from etude.infer.guide import compile_guide
 from etude.infer.pack import pack
 from etude.infer.pages import PagePool
@@ -43,7 +44,8 @@ class Settings:
     max_running: int = 64
     max_waiting: int = 256
     prefix_cache: bool = True
-    attention: Literal["auto", "native", "views", "gather", "varlen"] = "auto"
+    attention: Literal["auto", "native", "views", "gather", "padded", "varlen"] = "auto"
+    cuda_graphs: bool = True
     deterministic: bool = False
     quant: Literal["int8"] | None = None
 
@@ -95,7 +97,10 @@ class InferenceEngine:
         self.window = None if None in windows else max(w for w in windows if w is not None)
         self.scheduler = Scheduler(self.pool, self.settings.step_tokens, self.settings.max_running)
         self.version = 0
+        self.graphs: graphs.Graphs | None = None
         self._pack()
+        if self.settings.cuda_graphs and self.device.type == "cuda" and self.cached and self.backend in STATIC:
+            self.graphs = self._graphs(functools.partial(graphs.on_cuda, self.device))
         self._names, self._order = itertools.count(), itertools.count()
         self._counts: collections.Counter[str] = collections.Counter()
         self._others: list[Piece] = []  # of requests that were added by hand while `run` was at work
@@ -138,6 +143,15 @@ class InferenceEngine:
         with torch.inference_mode():
             self.twin = pack(self.model, self.dtype, self.settings.quant, self.native)
         self.tapes = Tapes(self.twin, self.cache) if self.native and self.cached else None
+        if self.graphs is not None:
+            self.graphs.renew(self.twin)
+
+    def _graphs(self, start: Callable[[], graphs.Capture]) -> graphs.Graphs:
+        """For all that may run at once."""
+        rows, pages = min(self.settings.max_running, self.settings.step_tokens), self.pool.n_pages
+        if self.context is not None:
+            pages = min(pages, -(-self.context // self.pool.page_size))
+        return graphs.Graphs(self.twin, self.cache, rows, pages, self.device, start)
 
     @torch.no_grad()
     def score(self, tokens: Tensor | list[int], doc_ids: Tensor | None = None) -> Tensor:
@@ -260,7 +274,12 @@ class InferenceEngine:
     def _chunks(self, chunks: list) -> Tensor:
         """States (N, D) of all tokens of the chunks."""
         ids = [i for s, c in chunks for i in s.ids[c.start : c.end]]
-        self.cache.batch = batch = Batch([c for _, c in chunks], self.pool, self.device)
+        only = [c for _, c in chunks]
+        eager = functools.partial(self._forward, ids, only)
+        return eager() if self.graphs is None else self.graphs.states(ids, only, eager)
+
+    def _forward(self, ids: list[int], chunks: list[Chunk]) -> Tensor:
+        self.cache.batch = batch = Batch(chunks, self.pool, self.device)
         tokens = torch.tensor([ids], device=self.device)
         if self.tapes is not None:
             return self.tapes.through(self.twin.embedded(tokens, batch.positions), batch)[0]

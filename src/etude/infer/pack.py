@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etude.infer import kernels
+from etude.model import adapted
 from etude.model.gqa import GQA
 from etude.model.mla import MLA
 from etude.model.mlp import MLP, GatedMLP
@@ -25,9 +26,10 @@ Product = Callable[[Tensor], Tensor]  # (..., K) -> (..., N)
 
 def pack(model: nn.Module, dtype: torch.dtype, quant: Literal["int8"] | None, native: bool) -> Any:
     """The model to compute tokens with in `dtype`, in evaluation mode. `native`: with our kernels; `quant`: linear layers
-    but routers in 8 bits. What is neither cast, joined nor quantised stays the model's own storage: call it again when
-    the model has changed. A class derived from one of ours keeps its own methods."""
+    but routers in 8 bits. What is neither merged (adapters), cast, joined nor quantised stays the model's own storage: call
+    it again when the model has changed. A class derived from one of ours keeps its own methods."""
     twin: Any = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    adapted.merge(twin)
     _cast(twin, dtype)
     product = functools.partial(_product, quant=quant, native=native)
     turns: dict[tuple[Rope, int], Turns] = {}

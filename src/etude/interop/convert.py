@@ -188,6 +188,10 @@ def _entries(arch: Architecture, node: Node, vocab_size: int) -> Iterator[Entry]
 def to_hugging_face(folder: Path, writer: "Writer", trusted: list[str]) -> str:
     """Write a folder that AutoModelForCausalLM.from_pretrained reads. -> what to tell the user."""
     ours = weights.read_config(folder)
+    if "lora" in ours:
+        raise Refusal(
+            f"{folder} is an adapter of an unfinished run: convert the run's artifacts/base, or its artifacts/export when it is finished"
+        )
     weights.check_parts(ours["model"], trusted)
     arch, config = architectures.write(ours["model"], ours.get("architecture"))
     stored, to = weights.Stored(folder), writer.folder

@@ -4,6 +4,8 @@ D channels."""
 
 import functools
 import inspect
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,23 +19,35 @@ class Documents:
     """Several documents in one row, one after another: a run of equal ids in doc_ids (B, T) is a document, one of
     negative ids padding.
 
-    `positions` (B, T) count from each document's beginning. Padding behind a document attends to it, which nobody sees: so
-    a padded row costs no more than a full one. Made once a forward, used by every layer."""
+    `branches` (B, T), or None for 0 everywhere: within a document, first a trunk of 0, then branches 1, 2, ..., each
+    of which goes on from the trunk as if the others were not there.
 
-    def __init__(self, doc_ids: Tensor):
+    `positions` (B, T) count from each document's beginning, in a branch from the trunk's end. Padding behind a document
+    attends to it, which nobody sees: so a padded row costs no more than a full one (where there are branches, to
+    itself). Made once a forward, used by every layer."""
+
+    def __init__(self, doc_ids: Tensor, branches: Tensor | None = None):
         self.doc_ids = doc_ids
-        self.begins = torch.ones_like(doc_ids, dtype=torch.bool)  # a run, of padding too
-        self.begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+        self.branches = branches if branches is not None and bool(branches.any()) else None
+        self.begins = changes(doc_ids)  # a run, of padding too
         first = self.begins.clone()
         first[:, 1:] &= doc_ids[:, 1:] >= 0
+        if self.branches is not None:
+            self.document_begins, self.begins = self.begins, self.begins | changes(self.branches)
+            first = self.begins
         T = doc_ids.shape[1]
         at = torch.arange(T, device=doc_ids.device).expand_as(doc_ids)
-        self.positions = at - torch.where(first, at, 0).cummax(1).values
         self.starts = first.flatten().nonzero()[:, 0]
+        self.positions = at - torch.where(first, at, 0).cummax(1).values
+        if self.branches is not None:
+            self.positions = self.positions + self.trunk_lengths[self.run_of].view_as(at)
+        # Of padding 0, for there are tables that end.
+        self.positions = torch.where(doc_ids >= 0, self.positions, 0)
+        self.separately = _uncompiled() if "torch._dynamo" in sys.modules else _separately
 
     @functools.cached_property
     def run_of(self) -> Tensor:
-        """The number of the run that each token belongs to: (B T,)."""
+        """The number of the run that each token belongs to, trunk and branches being runs of their own: (B T,)."""
         return self.begins.flatten().cumsum(0) - 1
 
     @functools.cached_property
@@ -44,8 +58,35 @@ class Documents:
 
     @functools.cached_property
     def run_is_text(self) -> Tensor:
-        """Which runs are no padding."""
-        return self.doc_ids[self.begins] >= 0
+        """Which runs end a text: those that are neither padding nor the trunk of branches."""
+        text = self.doc_ids[self.begins] >= 0
+        return text if self.branches is None else text.index_fill(0, self.trunk_of[self.trunk_of >= 0], False)
+
+    @functools.cached_property
+    def trunk_of(self) -> Tensor:
+        """The run that is each run's trunk, -1 where it has none. Of documents with branches."""
+        assert self.branches is not None
+        first = self.run_of[self.document_begins.flatten()]  # of each document
+        first = first[self.document_begins.flatten().cumsum(0)[self.begins.flatten()] - 1]  # of each run's
+        branch = self.branches[self.begins]
+        return torch.where((branch > 0) & (branch[first] == 0), first, -1)
+
+    @functools.cached_property
+    def trunk_lengths(self) -> Tensor:
+        """Of each run's trunk, 0 where it has none."""
+        return torch.where(self.trunk_of >= 0, self.run_lengths[self.trunk_of], 0)
+
+    def with_trunk(self, sums: Tensor) -> Tensor:
+        """Sums over the tokens of each run (R, ...) -> with those of its trunk: over what a branch's reader has read."""
+        if self.branches is None:
+            return sums
+        trunk = sums[self.trunk_of] * (self.trunk_of >= 0).view(-1, *[1] * (sums.dim() - 1))
+        return sums + trunk
+
+    @functools.cached_property
+    def trunks(self) -> list[int]:
+        """`trunk_of`, or without branches -1 of each document."""
+        return [-1] * len(self.starts) if self.branches is None else self.trunk_of.tolist()
 
     @functools.cached_property
     def bounds(self) -> Tensor:
@@ -67,15 +108,21 @@ class Documents:
         if (
             q.is_cuda
             and half
+            and self.branches is None
             and v.shape[-1] == q.shape[-1]
             and (window is None or "window_size" in _varlen_keywords())
         ):
             y = _varlen(q, k, v, self.bounds, T, scale, window)
-        else:  # one call a document; split, unlike slicing, goes back through one concatenation
-            documents = zip(*(t.split(self.lengths) for t in (q, k, v)))
-            each = ([t.transpose(0, 1)[None] for t in qkv] for qkv in documents)
-            y = torch.cat([attend(*qkv, scale=scale, window=window)[0].transpose(0, 1) for qkv in each])  # type: ignore[misc]
+        else:
+            y = self.separately(self, q, k, v, scale, window)
         return y.unflatten(0, (B, T)).transpose(1, 2)
+
+
+def changes(ids: Tensor) -> Tensor:
+    """Where a run of equal ids (B, T) begins."""
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return begins
 
 
 def attend(
@@ -135,6 +182,44 @@ def _local(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) ->
     rest = sdpa(q[:, 1:].flatten(0, 1), k2.flatten(0, 1), v2.flatten(0, 1), mask, scale).unflatten(0, (-1, n - 1))
     y = torch.cat((first[:, None], rest), 1)  # (B, n, H, size, D)
     return y.transpose(1, 2).flatten(2, 3)[:, :, :T]
+
+
+def _separately(
+    documents: Documents, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """One call a document, or a trunk or branch: q (B*T, H, D), k, v (B*T, H_kv, D) -> (B*T, H, D_v)."""
+    # split, unlike slicing, goes back through one concatenation
+    each = [[t.transpose(0, 1)[None] for t in qkv] for qkv in zip(*(t.split(documents.lengths) for t in (q, k, v)))]
+    ys = []
+    for (q, k, v), trunk in zip(each, documents.trunks):
+        if trunk < 0:
+            y = attend(q, k, v, scale=scale, window=window)
+        else:
+            y = _branch(each[trunk], q, k, v, scale, window)
+        ys.append(y[0].transpose(0, 1))
+    return torch.cat(ys)
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Tensor]:
+    """`_separately` for compiled blocks: torch.compile would unroll its loop, anew for each batch."""
+    return torch.compiler.disable(_separately)
+
+
+def _branch(trunk: list[Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """What a branch of L tokens sees behind the q, k, v of its trunk of P: q (1, H, L, D) -> (1, H, L, D_v). No more than
+    L x (P + L) scores."""
+    P, L = trunk[1].shape[2], q.shape[2]
+    n = P if window is None else min(P, window - 1)  # of the trunk's last positions that are seen
+    before = [t[:, :, P - n :] for t in trunk]
+    k, v = torch.cat((before[1], k), 2), torch.cat((before[2], v), 2)
+    if window is not None and n + L > 2 * max(window, BLOCK):  # in blocks, with those queries once more
+        return _local(torch.cat((before[0], q), 2), k, v, scale, window)[:, :, n:]
+    behind = torch.arange(L, device=q.device)[:, None] + n - torch.arange(n + L, device=q.device)
+    mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+    if q.device.type != "cpu":  # where grouped heads and a mask together have the slowest kernel
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    return sdpa(q, k, v, mask, scale)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.model import parts
+from etude.model.adapted import weight_of
 from etude.model.attention import Documents, attend
 from etude.model.rope import Rope, rope
 
@@ -131,7 +132,7 @@ class MLA(nn.Module):
         return y @ self._up()[1].transpose(1, 2)
 
     def _up(self) -> tuple[Tensor, ...]:
-        return self.kv_up.weight.view(self.n_heads, -1, self.rank).split((self.nope_dim, self.v_dim), 1)
+        return weight_of(self.kv_up).view(self.n_heads, -1, self.rank).split((self.nope_dim, self.v_dim), 1)
 
     def turn(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """Queries or keys (B, H, T, D) with their positions in them, where the layer has any."""

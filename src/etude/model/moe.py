@@ -169,12 +169,16 @@ class MoE(nn.Module):
             n = p.new_full((B,), T)
         else:
             of, n = documents.run_of, documents.run_lengths.to(p.dtype)
-        mean = p.new_zeros(len(n), E).index_add(0, of, p) / n[:, None]
+        total = p.new_zeros(len(n), E).index_add(0, of, p)
         places = (of[:, None] * E + chosen.flatten(0, 1)).flatten()
         count = p.new_zeros(len(n) * E).scatter_add_(0, places, p.new_ones(()).expand(len(places))).view(-1, E)
-        loss = self.aux_loss * E / (self.top_k * n) * (count * mean).sum(-1)
-        if self.z_loss:
-            loss = loss + self.z_loss * p.new_zeros(len(n)).index_add(0, of, z2) / n
+        z = p.new_zeros(len(n)).index_add(0, of, z2) if self.z_loss else None
+        if documents is not None:
+            total, count, n = (documents.with_trunk(sums) for sums in (total, count, n))
+            z = None if z is None else documents.with_trunk(z)
+        loss = self.aux_loss * E / (self.top_k * n) * (count * (total / n[:, None])).sum(-1)
+        if z is not None:
+            loss = loss + self.z_loss * z / n
         with torch.no_grad():
             entropy = torch.special.entr(p).sum(-1).view(B, T)
         if documents is None:
@@ -316,12 +320,13 @@ class _Batched(torch.autograd.Function):
         a = acted * up
         d_scale = (d * a).sum(-1)
         d.mul_(scale)
-        d_out = _outer(dy, a.mul_(scale), lay, ctx.shapes[1])
+        d_out = _outer(dy, a.mul_(scale), lay, ctx.shapes[1]) if ctx.needs_input_grad[4] else None
         dh = torch.empty(len(d), 2 * d.shape[1], dtype=d.dtype, device=d.device)
         d_gate, d_up = dh.chunk(2, -1)
         torch.mul(d, acted, out=d_up)
         d_gate.copy_(torch.autograd.grad(ctx.acted, ctx.gate, d.mul_(up), retain_graph=True)[0])
-        d_gate_up = _outer(dh, x.index_select(0, lay.tokens), lay, ctx.shapes[0])
+        learns = ctx.needs_input_grad[3]  # not where only adapters are trained
+        d_gate_up = _outer(dh, x.index_select(0, lay.tokens), lay, ctx.shapes[0]) if learns else None
         dx = _gather(_products(dh, matrices[::2], lay, False), lay, visits)
         return dx, None, d_scale.index_select(0, lay.back).view(visits.shape), d_gate_up, d_out, None, None
 

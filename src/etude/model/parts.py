@@ -70,10 +70,11 @@ def sinusoid(positions: Tensor, dim: int) -> Tensor:
 class Aux(NamedTuple):
     """What a sparse feed-forward part says of a forward pass beside its output."""
 
-    # (B, T), or (B, 1) where each row is one document: auxiliary losses of the document that a token belongs to, weighted.
-    # They are added to the loss once for each target: so a document counts alike however it is packed or padded.
+    # (B, T), or (B, 1) where each row is one document: auxiliary losses of the document that a token belongs to, weighted;
+    # in a branch those of its trunk and itself, as if they stood alone. They are added to the loss once for each target: so
+    # a document counts alike however it is packed or padded.
     loss: Tensor
-    load: Tensor  # (E,) tokens sent to each expert, padding left out; of a model (layers, E)
+    load: Tensor  # (E,) tokens sent to each expert, a trunk's once for each branch, no padding; of a model (layers, E)
     entropy: Tensor  # (B, T) of the router's distribution, in nats: carries no gradient
 
     def metrics(self, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -162,10 +162,12 @@ class Transformer(nn.Module):
             ffn.balance(row)  # type: ignore[operator]
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor | None, doc_ids: Tensor | None, cache
+        self, tokens: Tensor, positions: Tensor | None, doc_ids: Tensor | None, cache, branches: Tensor | None = None
     ) -> tuple[Tensor, Aux | None]:
         """tokens (B, T) -> (final normed states (B, T, D), what the sparse layers say, or None)."""
-        documents = None if doc_ids is None else Documents(doc_ids)
+        if branches is not None and doc_ids is None:
+            raise ValueError("branches are those of documents; give doc_ids too, 0 everywhere for one a row")
+        documents = None if doc_ids is None else Documents(doc_ids, branches)
         if documents is not None and positions is None:
             positions = documents.positions
         return self.through(self.embedded(tokens, positions), positions, documents, cache)
@@ -206,15 +208,17 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
+        branches: Tensor | None = None,
         cache=None,
     ):
         """tokens (B, T) int64; targets (B, T) with -100 ignored; positions (B, T), None for 0..T-1; doc_ids (B, T):
         each run of equal ids is a document by itself, with positions from 0 where none are given, one of negative ids
-        padding; cache: one entry a
-        layer with `attend(q, k, v, scale, window)`.
+        padding; branches (B, T): within a document, 0 is the trunk and a run of each other number a branch, which sees
+        the trunk and itself and whose positions go on from the trunk's; cache: one entry a layer with
+        `attend(q, k, v, scale, window)`.
 
         With targets -> (Scores of (B, T), aux or None), else logits (B, T, V) in fp32."""
-        x, aux = self.hidden(tokens, positions, doc_ids, cache)
+        x, aux = self.hidden(tokens, positions, doc_ids, cache, branches)
         if targets is None:
             return self.logits(x)
         return head.scores(x, self.head.weight, targets, self.logit_cap), aux

@@ -183,6 +183,16 @@ def check_parts(node: dict, trusted: list[str]) -> None:
     check_relations({"model": node})
 
 
+def base(folder: Path) -> Path:
+    """What the adapter in a LoRA run's checkpoint was trained on. Raises Refusal."""
+    found = folder.resolve().parent.parent / "base"
+    if files(found) is None:
+        raise Refusal(
+            f"{folder} is an adapter, and the run's artifacts/base is not beside it; give the whole run, or its export"
+        )
+    return found
+
+
 def from_pretrained(folder: Path, device: str, dtype: torch.dtype | None, trusted: list[str]) -> Any:
     """See Transformer.from_pretrained."""
     if not folder.is_dir():
@@ -194,7 +204,11 @@ def from_pretrained(folder: Path, device: str, dtype: torch.dtype | None, truste
             model = build(config["model"], config["vocab_size"])
     except (TypeError, AttributeError) as error:
         raise Refusal(f"{folder / 'config.json'} describes no model: {error}") from None
-    materialize(model, tensors(folder, "model", device))
+    adapter = config.get("lora")
+    materialize(model, tensors(folder if adapter is None else base(folder), "model", device))
+    if adapter is not None:
+        check_targets({"lora": adapter}, ["etude.lora" if t == "etude" else t for t in trusted])
+        build(adapter).join(model, tensors(folder, "adapter", device))
     for p in model.parameters() if dtype is not None else ():
         if p.requires_grad:  # a router's bias stays as exact as it was balanced
             p.data = p.data.to(dtype)

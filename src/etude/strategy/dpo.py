@@ -1,13 +1,16 @@
 """Direct preference optimisation (Rafailov et al. 2023) and its relatives: a policy from pairs of a chosen and a rejected
 answer, without a reward model."""
 
+import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from etude.data.loader import Batch
+from etude.strategy.layout import Layout, arrange, rows_of, take
 from etude.strategy.seq import Metrics
 
 
@@ -47,8 +50,8 @@ def robust(p: Pairs) -> Tensor:
 
 def exo_pair(p: Pairs) -> Tensor:
     """KL from (q, 1 - q), q = sigmoid(logit), to (1 - e, e)."""
-    q, e = torch.sigmoid(p.logit), torch.tensor(p.smoothing)
-    return q * (logsigmoid(p.logit) - torch.log1p(-e)) + (1 - q) * (logsigmoid(-p.logit) - e.log())
+    q, e = torch.sigmoid(p.logit), p.smoothing
+    return q * (logsigmoid(p.logit) - math.log1p(-e)) + (1 - q) * (logsigmoid(-p.logit) - math.log(e))
 
 
 def nca_pair(p: Pairs) -> Tensor:
@@ -90,7 +93,8 @@ class DPO:
     """One of LOSSES, or a weighted sum of several; "sft" adds the chosen answers' mean NLL per token (RPO is
     {sigmoid: 1, sft: w}, Liu et al. 2024). Losses of pairs are divided by the pairs of the step, sft by its chosen
     targets: so there are two sums and two weights. `label_smoothing` e is the share of pairs that are labelled the
-    wrong way round, `gamma` SimPO's margin."""
+    wrong way round, `gamma` SimPO's margin. `layout` is how pairs lie in memory (strategy/layout.py) and
+    changes no number."""
 
     kinds = ("pairs",)
 
@@ -117,9 +121,11 @@ class DPO:
         | dict[str, float],
         label_smoothing: float,
         gamma: float,
+        layout: Literal["rows", "packed", "shared"],
     ):
         self.check(beta, loss, label_smoothing)
         self.beta, self.label_smoothing, self.gamma = beta, label_smoothing, gamma
+        self.layout: Layout = layout
         self.terms = dict(loss) if isinstance(loss, dict) else {loss: 1.0}
         self.needs_reference = any(name not in REFERENCE_FREE for name in self.terms)
 
@@ -151,25 +157,34 @@ class DPO:
                 "exo_pair takes the logarithm of label_smoothing; type strategy.label_smoothing=0.001 or another number above 0"
             )
 
-    def collect(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return batch
+    def collect(self, model: nn.Module, batches: list[Batch], seeds: list[int], world: Any) -> list[Batch]:
+        """tokens, targets, doc_ids of pairs as the loader has them -> as `layout` says, with slots (2 pairs, L)."""
+        return [self.arranged(batch) for batch in batches]
 
-    def weight(self, batch: dict[str, Tensor]) -> tuple[int, int]:
-        """(pairs, targets of chosen answers): what the sums are divided by, over the whole step."""
-        return len(batch["tokens"]) // 2, int((batch["targets"][::2] >= 0).sum())
+    def arranged(self, batch: Batch) -> Batch:
+        made = arrange(rows_of(batch), group=2, how=self.layout, limit=None)
+        return {name: t.to(batch["tokens"].device) for name, t in made.items()}
 
-    def loss(self, model: nn.Module, ref: nn.Module | None, batch: dict[str, Tensor]) -> tuple[Tensor, Metrics]:
-        """Rows 2i and 2i+1 are the chosen and the rejected sequence of pair i. -> (2,) summed losses of pairs and of
-        chosen targets, and metrics as (sum, count); where there are several terms, loss/<name> of each instead of loss."""
-        tokens, targets, doc_ids = batch["tokens"], batch["targets"], batch["doc_ids"]
-        scores, aux = model(tokens, targets=targets, doc_ids=doc_ids)
-        a, b = scores.logprob.sum(1).view(-1, 2).unbind(1)
-        n_a, n_b = (targets >= 0).sum(1).view(-1, 2).unbind(1)
+    def weight(self, batch: Batch) -> tuple[int, int]:
+        """(pairs, targets of chosen answers): what the sums are divided by, over the whole step. Of a loader's batch too."""
+        learned = batch["slots"] >= 0 if "slots" in batch else batch["targets"] >= 0
+        return len(learned) // 2, int(learned[::2].sum())
+
+    def loss(self, model: nn.Module, ref: Any, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Sequences 2i and 2i+1 are the chosen and the rejected one of pair i. -> (2,) summed losses of pairs and of
+        chosen targets, and metrics as (sum, count); where there are several terms, loss/<name> of each instead of loss.
+        A batch as the loader has it is arranged first."""
+        batch = batch if "slots" in batch else self.arranged(batch)
+        tokens, slots = batch["tokens"], batch["slots"]
+        about = {name: batch[name] for name in ("targets", "doc_ids", "branches") if name in batch}
+        scores, aux = model(tokens, **about)
+        a, b = pairwise(take(scores.logprob, slots).sum(1))
+        n_a, n_b = pairwise((slots >= 0).sum(1))
         given = gained = Pairs(a, b, n_a, n_b, self.beta, self.label_smoothing, self.gamma)
         if self.needs_reference:
-            assert ref is not None
             with torch.no_grad():
-                ref_a, ref_b = ref(tokens, targets=targets, doc_ids=doc_ids)[0].logprob.sum(1).view(-1, 2).unbind(1)
+                before = ref(tokens, **about)[0].logprob
+            ref_a, ref_b = pairwise(take(before, slots).sum(1))
             gained = given._replace(a=a - ref_a, b=b - ref_b)
 
         count = torch.tensor(len(a), device=a.device)
@@ -184,10 +199,11 @@ class DPO:
             metrics[shown] = term.detach(), n_a.sum() if of_tokens else count
         metrics |= self.metrics(given, gained, count)
         metrics["entropy"] = scores.entropy.sum(), n_a.sum() + n_b.sum()
+        metrics["accuracy"] = take(scores.correct, slots)[::2].sum(), n_a.sum()  # of tokens of chosen answers
         if aux is not None:
-            mask = targets >= 0
-            sums[0] = sums[0] + ((aux.loss * mask).sum(1) / mask.sum(1).clamp_min(1)).sum() / 2
-            metrics |= aux.metrics(mask)
+            of_sequence = take(aux.loss.expand_as(tokens), slots).sum(1) / (slots >= 0).sum(1).clamp_min(1)
+            sums[0] = sums[0] + of_sequence.sum() / 2
+            metrics |= aux.metrics(batch["targets"] >= 0)
         return torch.stack(sums), metrics
 
     def metrics(self, given: Pairs, gained: Pairs, count: Tensor) -> Metrics:
@@ -204,3 +220,8 @@ class DPO:
             "logps/rejected": given.b.detach(),
         }
         return {name: (value.sum(), count) for name, value in values.items()}
+
+
+def pairwise(x: Tensor) -> tuple[Tensor, ...]:
+    """Of sequences (2 pairs,) -> of the chosen (pairs,) and of the rejected ones."""
+    return x.view(-1, 2).unbind(1)

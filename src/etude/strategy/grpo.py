@@ -1,80 +1,142 @@
-"""Group-relative policy optimisation (Shao et al. 2024), online: several completions of each prompt, each judged against
-the others, and one update with them. Shapes: P prompts, G completions of each, N = P G, T positions."""
+"""Group-relative policy optimisation (Shao et al. 2024) and its relatives: several completions of a prompt, each judged
+against the others. They are drawn from the policy and judged by rewards, or given with their rewards. Shapes: P prompts
+or groups, N completions, L learned tokens of the longest of them, (B, T) as they lie in memory (layout.py)."""
 
 import contextlib
-import dataclasses
-import math
-import sys
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etude.errors import EtudeError, NonFinite, Refusal
-from etude.infer.engine import InferenceEngine, Settings
-from etude.infer.request import Completion, Request
+from etude.data.loader import Batch
+from etude.data.order import mix
+from etude.errors import Refusal
+from etude.infer.engine import Settings
+from etude.infer.request import Completion
 from etude.infer.sampling import Sampling
+from etude.parallel import World
+from etude.strategy import rollout
+from etude.strategy.layout import Layout, Row, arrange, rows_of, take
+from etude.strategy.rollout import Judge, Moments, Rollout
 from etude.strategy.seq import Metrics
 from etude.text import chat
 from etude.text.tokenizer import Tokenizer
 
-ROUND = 32  # rows are padded to a multiple of so many tokens: every new shape costs a compilation on CPU
-ROLLOUT = Settings(step_tokens=2048)  # many short prompts at once
-EPS = 1e-4  # beside the standard deviation of rewards
+TEXTS = 4  # completions of a micro-batch that are kept as text
 
 
 class Reduction(NamedTuple):
-    """How tokens' losses x (N, T), 0 outside of completions of n (N,) tokens, at most `limit`, become one."""
+    """How tokens' losses x (N, L), 0 outside of completions of n (N,) learned tokens, at most `limit`, become one."""
 
     total: Callable[[Tensor, Tensor], Tensor]  # (x, n) -> sum
     weight: Callable[[Tensor, int], int]  # (n, limit) -> what the sums of a step are divided by, summed
 
 
+def _sequences(n: Tensor) -> int:
+    """How many completions have something to learn: masked ones count nowhere."""
+    return int((n > 0).sum())
+
+
 REDUCTIONS = {
-    "grpo": Reduction(lambda x, n: (x.sum(1) / n).sum(), lambda n, limit: len(n)),  # mean over sequences of means
-    "bnpo": Reduction(lambda x, n: x.sum() / n.sum(), lambda n, limit: 1),  # mean over the tokens of a micro-batch
-    "dr_grpo": Reduction(lambda x, n: x.sum(), lambda n, limit: len(n) * limit),  # Liu et al. 2025
-    "dapo": Reduction(lambda x, n: x.sum(), lambda n, limit: int(n.sum())),  # all tokens alike (Yu et al. 2025)
+    # mean over completions of token means
+    "grpo": Reduction(lambda x, n: (x.sum(1) / n.clamp_min(1)).sum(), lambda n, limit: _sequences(n)),
+    # mean over the tokens of a micro-batch
+    "bnpo": Reduction(lambda x, n: x.sum() / n.sum().clamp_min(1), lambda n, limit: int(n.sum() > 0)),
+    # all tokens over a constant for each completion (Liu et al. 2025)
+    "dr_grpo": Reduction(lambda x, n: x.sum(), lambda n, limit: _sequences(n) * limit),
+    # all tokens of a step alike (Yu et al. 2025)
+    "dapo": Reduction(lambda x, n: x.sum(), lambda n, limit: int(n.sum())),
 }
 
 
 class GRPO:
-    """Per token -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = pi / pi_old, plus `beta` times an estimate of
-    the divergence from the reference.
+    """rho = exp(l - l_old) of each token, l being log pi at `temperature`, or with level="sequence" of each completion,
+    exp(mean_t(l - l_old)) (GSPO, Zheng et al. 2025). With an advantage A the loss of a token is, by `objective`,
 
-    A completion's advantage A is its reward (the sum of `rewards`) less the mean of its group, divided by the standard
-    deviation over the `scale`: its group, or all completions of the forward ("batch"). One whose reward failed is left out
-    of mean and deviation and has A = 0. pi and pi_old are at `temperature`, without dropout in pi_old; top_k and top_p
-    narrow what is drawn, not what is learnt."""
+    clip   -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A); `delta` caps the first rho (INTELLECT-2, 2025)
+    cispo  -sg(min(rho, e_max)) A l (MiniMax-M1, 2025)
+    sapo   -4 sigmoid(tau (rho - 1)) / tau A, tau = tau_pos where A > 0, else tau_neg (Gao et al. 2025)
 
-    kinds = ("prompts",)
+    times the sampler's weight where `correction` asks for it, plus beta times k3 = exp(ref - l) - (ref - l) - 1 (Schulman
+    2020), with `kl_weighted` times rho.
+
+    A completion's advantage is its reward, the sum of `rewards`, less its group's mean, over the standard deviation of
+    the group or of all completions of the rollout on all ranks (`scale`). One whose reward failed is left out of both
+    and has A = 0. top_k and top_p narrow what is drawn, not what is learnt."""
+
+    kinds = ("prompts", "groups")
     goal = ("reward/mean", -1)  # the loss of completions that were just drawn says little
 
     def __init__(
         self,
         tokenizer: Tokenizer,
+        engine: Settings,
         *,
         group_size: int,
         max_completion: int,
         temperature: float,
         top_k: int | None,
         top_p: float | None,
+        steps_per_rollout: int,
+        iterations: int,
+        objective: Literal["clip", "cispo", "sapo"],
         clip_low: float,
         clip_high: float,
+        delta: float | None,
+        e_max: float,
+        tau_pos: float,
+        tau_neg: float,
+        level: Literal["token", "sequence"],
         beta: float,
+        kl_weighted: bool,
+        sync_interval: int | None,
         scale: Literal["group", "batch", "none"],
         reduction: Literal["grpo", "bnpo", "dr_grpo", "dapo"],
+        mask_overlong: bool,
+        drop_silent: bool,
+        correction: Literal["none", "truncate", "mask"],
+        correction_level: Literal["token", "sequence"],
+        correction_cap: float,
+        layout: Literal["rows", "packed", "shared"],
         rewards: dict[str, Any],
     ):
-        self.check(group_size, max_completion, temperature, top_k, top_p, clip_low, clip_high, beta, rewards)
-        self.tokenizer, self.stop_ids = tokenizer, tokenizer.stop_ids | chat.end_of_turn(tokenizer)
+        self.check(
+            group_size,
+            max_completion,
+            temperature,
+            top_k,
+            top_p,
+            steps_per_rollout,
+            iterations,
+            objective,
+            clip_low,
+            clip_high,
+            delta,
+            e_max,
+            tau_pos,
+            tau_neg,
+            beta,
+            sync_interval,
+            correction_cap,
+            rewards,
+        )
+        self.tokenizer, self.engine = tokenizer, engine
+        self.stop_ids = frozenset(tokenizer.stop_ids | chat.end_of_turn(tokenizer))
         self.group_size, self.max_completion = group_size, max_completion
         self.sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        self.clip_low, self.clip_high, self.beta = clip_low, clip_high, beta
-        self.scale, self.reduction, self.rewards = scale, REDUCTIONS[reduction], rewards
+        self.steps_per_rollout, self.iterations = steps_per_rollout, iterations
+        self.objective = {"clip": self.clip, "cispo": self.cispo, "sapo": self.sapo}[objective]
+        self.clip_low, self.clip_high, self.delta = clip_low, clip_high, delta
+        self.e_max, self.tau_pos, self.tau_neg, self.level = e_max, tau_pos, tau_neg, level
+        self.beta, self.kl_weighted, self.sync_interval = beta, kl_weighted, sync_interval
+        self.scale, self.reduction = scale, REDUCTIONS[reduction]
+        self.mask_overlong, self.drop_silent = mask_overlong, drop_silent
+        self.correction, self.correction_level, self.correction_cap = correction, correction_level, correction_cap
+        self.layout, self.judge = layout, Judge(rewards)
         self.needs_reference = beta > 0
-        self.told: set[str] = set()  # rewards whose first exception was shown
 
     @staticmethod
     def check(
@@ -83,9 +145,18 @@ class GRPO:
         temperature: float,
         top_k: int | None,
         top_p: float | None,
+        steps_per_rollout: int,
+        iterations: int,
+        objective: str,
         clip_low: float,
         clip_high: float,
+        delta: float | None,
+        e_max: float,
+        tau_pos: float,
+        tau_neg: float,
         beta: float,
+        sync_interval: int | None,
+        correction_cap: float,
         rewards: dict,
     ) -> None:
         """Raises ValueError for settings that do not fit together; config.py runs it before torch is imported."""
@@ -93,8 +164,10 @@ class GRPO:
             raise ValueError(
                 f"strategy.group_size={group_size} should be at least 2: completions are compared in a group"
             )
-        if max_completion < 1:
-            raise ValueError(f"strategy.max_completion={max_completion} should be at least 1")
+        counts = {"max_completion": max_completion, "steps_per_rollout": steps_per_rollout, "iterations": iterations}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"strategy.{name}={count} should be at least 1")
         if not temperature > 0:
             raise ValueError(f"strategy.temperature={temperature} should be above 0: at 0 a group is one completion")
         if top_k is not None and top_k < 1:
@@ -105,194 +178,304 @@ class GRPO:
             raise ValueError(
                 f"strategy.clip_low={clip_low} should be above 0 and at most 1, strategy.clip_high={clip_high} above 0"
             )
+        if delta is not None and objective != "clip":
+            raise ValueError(f"strategy.delta={delta} caps the ratio of objective=clip alone; type strategy.delta=null")
+        if delta is not None and not delta > 1:
+            raise ValueError(f"strategy.delta={delta} should be above 1 + clip_high, or null for no cap")
+        for name, value in {"e_max": e_max, "tau_pos": tau_pos, "tau_neg": tau_neg}.items():
+            if not value > 0:
+                raise ValueError(f"strategy.{name}={value} should be above 0")
         if not beta >= 0:
             raise ValueError(f"strategy.beta={beta} should be at least 0 (0: no reference)")
+        if sync_interval is not None and sync_interval < 1:
+            raise ValueError(f"strategy.sync_interval={sync_interval} should be at least 1 step, or null for never")
+        if sync_interval is not None and beta == 0:
+            raise ValueError(
+                f"strategy.sync_interval={sync_interval} renews the reference, and without strategy.beta there is none; type strategy.beta=0.04, or strategy.sync_interval=null"
+            )
+        if not correction_cap >= 1:
+            raise ValueError(
+                f"strategy.correction_cap={correction_cap} should be at least 1, which is the weight of a token that the sampler and the trainer agree on"
+            )
         if not rewards:
             raise ValueError("strategy.rewards is empty: there is nothing to learn from; see conf/strategy/grpo.yaml")
-        if taken := {"mean", "std", "failed"} & set(rewards):
+        if taken := {"mean", "std", "failed", "given"} & set(rewards):
             raise ValueError(
                 f"strategy.rewards.{min(taken)}: reward/{min(taken)} is a metric of all; choose another name"
             )
+        for name, reward in rewards.items():
+            if not callable(reward) and not (isinstance(reward, dict) and reward.get("_partial_") is True):
+                raise ValueError(
+                    f"strategy.rewards.{name} should be a node with a _target_ and _partial_: true; type +reward@strategy.rewards.{name}=<a file of conf/reward>"
+                )
 
     # ------------------------------------------------------------ rollouts
 
-    def collect(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-        """tokens, doc_ids (P, T) and fields of prompts -> tokens, targets, doc_ids, old_logprob (N, T), advantages (N,) and
-        metrics. The completions are drawn with torch's generator."""
+    def collect(self, model: nn.Module, batches: list[Batch], seeds: list[int], world: World) -> list[Batch]:
+        """Loader's batches of prompts (tokens, doc_ids (P, T), fields) or of groups (tokens, targets, doc_ids, group,
+        rewards) -> for each one tokens, targets, doc_ids (B, T), slots (N, L) as layout.py has them, advantages (N,),
+        metrics, texts; where the sampler said them sampler_logprob (N, L), and where the policy will have moved on before
+        it is learnt from, or `correction` asks, old_logprob (N, L)."""
         bare: Any = getattr(model, "module", model)
-        prompts = [row[ids >= 0].tolist() for row, ids in zip(batch["tokens"], batch["doc_ids"])]
         training = bare.training
         bare.eval()
         try:
-            rows = self.roll_out(bare, prompts)
-            made = assemble([r.prompt for r in rows], [r.ids for r in rows], bare.position_limit)
-            made = {name: t.to(batch["tokens"].device) for name, t in made.items()}
-            with torch.no_grad(), tempered(bare, self.sampling.temperature):
-                made["old_logprob"] = bare(made["tokens"], targets=made["targets"], doc_ids=made["doc_ids"])[0].logprob
+            rollouts = self.rollouts(bare, batches, seeds)
+            counted = [self.counted(r) for r in rollouts]
+            every = torch.cat([torch.zeros(0, dtype=torch.float64), *counted])
+            spread = rollout.deviation(every, world) if self.scale == "batch" else None
+            return [
+                self.arranged(bare, r, c, spread, batch["tokens"].device)
+                for r, c, batch in zip(rollouts, counted, batches)
+            ]
         finally:
             bare.train(training)
-        texts = [self.text(row) for row in rows]
-        judged = self.judge(texts, [f for f in batch["fields"] for _ in range(self.group_size)])
-        rewards = torch.stack(list(judged.values())).sum(0)
-        made["advantages"] = advantages(rewards, self.group_size, self.scale).to(made["old_logprob"])
-        return made | {"metrics": row_metrics(rows) | self.reward_metrics(judged, rewards)}
 
-    def roll_out(self, model: Any, prompts: list[list[int]]) -> list[Completion]:
-        """group_size completions of each prompt, those of prompt 0 first."""
-        if not all(prompts):
-            raise Refusal(
-                "a prompt has no tokens, so nothing predicts a completion's first one; leave empty prompts out"
-            )
-        limit, longest = model.position_limit, max(map(len, prompts))
-        if limit is not None and longest + self.max_completion > limit:
-            raise Refusal(
-                f"a prompt of {longest} tokens and strategy.max_completion={self.max_completion} are more than the model's {limit} positions; lower strategy.max_completion or data.seq_len, or raise model.max_len"
-            )
-        requests = [
-            Request(
-                prompt=p,
-                n=self.group_size,
-                max_tokens=self.max_completion,
-                sampling=dataclasses.replace(self.sampling, seed=int(torch.randint(2**63 - 1, ()))),
-                stop_ids=frozenset(self.stop_ids),
-            )
-            for p in prompts
+    def rollouts(self, model: Any, batches: list[Batch], seeds: list[int]) -> list[Rollout]:
+        """One of each batch; what is to be drawn is drawn together."""
+        prompts = [[] if "group" in b else prompts_of(b) for b in batches]
+        keys = [prompt_seed(seed, i) for seed, some in zip(seeds, prompts, strict=True) for i in range(len(some))]
+        completions = iter(self.draw(model, list(itertools.chain(*prompts)), keys, self.group_size, self.sampling))
+        return [
+            self.given(b)
+            if "group" in b
+            else self.judged(b["fields"], list(itertools.islice(completions, len(some) * self.group_size)))
+            for b, some in zip(batches, prompts)
         ]
-        rows = InferenceEngine(model, self.tokenizer, ROLLOUT).generate(requests)
-        if failed := next((r.error for r in rows if r.error), None):
-            raise NonFinite(failed)
-        return rows
 
-    def text(self, row: Completion) -> str:
-        """What rewards are given to judge: without the token that ended it and other special ones."""
-        return self.tokenizer.decode(row.ids[:-1] if row.finish == "stop" else row.ids, skip_special=True)
+    def draw(
+        self, model: Any, prompts: list[list[int]], seeds: list[int], n: int, sampling: Sampling
+    ) -> list[Completion]:
+        return rollout.draw(
+            model,
+            self.tokenizer,
+            self.engine,
+            prompts,
+            seeds,
+            n=n,
+            max_tokens=self.max_completion,
+            sampling=sampling,
+            stop_ids=self.stop_ids,
+        )
 
-    def judge(self, texts: list[str], fields: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Each reward of each text (N,), NaN where there is none."""
-        return {
-            name: torch.tensor([self.one(name, reward, t, f) for t, f in zip(texts, fields)], dtype=torch.float64)
-            for name, reward in self.rewards.items()
+    def judged(self, fields: list[dict[str, Any]], completions: list[Completion]) -> Rollout:
+        """Completions of as many prompts as there are `fields`, equally many of each."""
+        n = len(completions) // max(1, len(fields))
+        rows = [rollout.row_of(c) for c in completions]
+        truncated = torch.tensor([c.finish == "length" for c in completions], dtype=torch.bool)
+        texts = [rollout.text_of(row, cut, self.tokenizer) for row, cut in zip(rows, truncated.tolist())]
+        rewards, metrics = rollout.verdict(self.judge(texts, [f for f in fields for _ in range(n)]))
+        return Rollout(
+            rows=rows,
+            group=torch.arange(len(fields)).repeat_interleave(n),
+            rewards=rewards,
+            truncated=truncated,
+            sampled=[torch.tensor([t.logprob for t in c.tokens], dtype=torch.float32) for c in completions],
+            metrics=metrics | rollout.lengths(rows, truncated),
+        )
+
+    def given(self, batch: Batch) -> Rollout:
+        """Groups of a file, with their rewards."""
+        rows, rewards = rows_of(batch), batch["rewards"].cpu().double()
+        truncated = torch.tensor([int(r.ids[r.learned][-1]) not in self.stop_ids for r in rows], dtype=torch.bool)
+        metrics = rollout.overall(rewards) | rollout.lengths(rows, truncated)
+        return Rollout(rows, batch["group"].cpu(), rewards, truncated, None, metrics)
+
+    def counted(self, r: Rollout) -> Tensor:
+        """The rewards (N,) that groups are compared by."""
+        return torch.where(r.truncated, torch.nan, r.rewards) if self.mask_overlong else r.rewards
+
+    def arranged(self, model: Any, r: Rollout, counted: Tensor, spread: float | None, device: torch.device) -> Batch:
+        """A rollout as a batch: without what teaches nothing, but never without a row, because every rank needs a backward
+        pass."""
+        moments = Moments.of(counted, r.group)
+        groups = torch.tensor(len(moments.silent))
+        masked = r.truncated if self.mask_overlong else torch.zeros_like(r.truncated)
+        metrics = r.metrics | {
+            "reward/std": (moments.std.sum(), (moments.n > 1).sum()),  # within a group
+            "groups/no_signal": (moments.silent.sum(), groups),
         }
+        if self.mask_overlong:
+            metrics["completion/masked"] = masked.sum(), torch.tensor(len(r.rows))
+        kept = torch.ones_like(masked)
+        if self.drop_silent:
+            metrics["groups/dropped"] = moments.silent.sum(), groups
+            kept = ~moments.silent[r.group]
+            if not kept.any():
+                kept, masked = r.group == 0, torch.ones_like(masked)
+        at = kept.nonzero()[:, 0].tolist()
+        made = self.lay([unlearned(r.rows[i]) if masked[i] else r.rows[i] for i in at], r.group[kept], model, device)
+        made["advantages"] = rollout.advantages(counted, r.group, self.scale, spread)[kept].float().to(device)
+        moves = self.steps_per_rollout * self.iterations > 1 or self.correction != "none"
+        exact = self.engine.deterministic and r.sampled is not None
+        if moves or exact:
+            with torch.no_grad():
+                logprob = take(self.scores(model, made)[0].logprob, made["slots"])
+            made |= {
+                name: logprob.clone() for name, on in {"old_logprob": moves, "sampler_logprob": exact}.items() if on
+            }
+        if r.sampled is not None and not exact:
+            drawn = [r.sampled[i][:0] if masked[i] else r.sampled[i] for i in at]
+            wide = nn.utils.rnn.pad_sequence(drawn, batch_first=True)
+            made["sampler_logprob"] = F.pad(wide, (0, made["slots"].shape[1] - wide.shape[1])).to(device)
+        shown = zip(r.rows[:TEXTS], r.truncated.tolist(), r.rewards.tolist())
+        texts = [rollout.told(row, cut, reward, self.tokenizer) for row, cut, reward in shown]
+        return made | {"metrics": metrics, "texts": texts}
 
-    def one(self, name: str, reward: Callable[[str, dict], float | None], text: str, fields: dict[str, Any]) -> float:
-        try:
-            value = reward(text, fields)
-            value = math.nan if value is None else float(value)
-            return value if math.isfinite(value) else math.nan
-        except EtudeError:
-            raise
-        except Exception as error:  # a reward is somebody's program: it may fail in any way
-            if name not in self.told:
-                self.told.add(name)
-                print(
-                    f"warning: reward {name} raised {type(error).__name__}: {error}; such completions teach nothing and are counted in reward/failed",
-                    file=sys.stderr,
-                )
-            return math.nan
-
-    def reward_metrics(self, judged: dict[str, Tensor], rewards: Tensor) -> Metrics:
-        groups = rewards.view(-1, self.group_size)
-        found = ~groups.isnan()
-        lowest, highest = groups.nan_to_num(math.inf).amin(1), groups.nan_to_num(-math.inf).amax(1)
-        silent = (lowest >= highest).sum()  # also where no reward or one alone was given
-        metrics = {f"reward/{name}": (r.nansum(), (~r.isnan()).sum()) for name, r in judged.items()}
-        return metrics | {
-            "reward/mean": (rewards.nansum(), found.sum()),
-            "reward/std": (deviation(groups, 1).sum(), (found.sum(1) > 1).sum()),  # within a group
-            "reward/failed": ((~found).sum(), torch.tensor(found.numel())),
-            "groups/no_signal": (silent, torch.tensor(len(groups))),
-        }
+    def lay(self, rows: list[Row], group: Tensor, model: Any, device: torch.device) -> Batch:
+        """The rows in memory; groups of different sizes cannot share their prompts and are packed."""
+        sizes = group.unique_consecutive(return_counts=True)[1]
+        equal = bool((sizes == sizes[0]).all())
+        how: Layout = self.layout if equal or self.layout != "shared" else "packed"
+        limit = model.position_limit if how == "rows" else None
+        made = arrange(rows, int(sizes[0]) if how == "shared" else 1, how, limit)
+        if not made["slots"].shape[1]:  # nothing is learned
+            made["slots"] = F.pad(made["slots"], (0, 1), value=-1)
+        return {name: t.to(device) for name, t in made.items()}
 
     # ------------------------------------------------------------ the loss
 
-    def weight(self, batch: dict[str, Any]) -> int:
+    def weight(self, batch: Batch) -> int:
         """What the sum of losses is divided by, over the whole step."""
-        return self.reduction.weight((batch["targets"] >= 0).sum(1), self.max_completion)
+        return self.reduction.weight((batch["slots"] >= 0).sum(1), self.max_completion)
 
-    def loss(self, model: nn.Module, ref: nn.Module | None, batch: dict[str, Any]) -> tuple[Tensor, Metrics]:
-        """-> the loss of a collected batch, summed as the reduction says, and metrics as (sum, count)."""
-        tokens, targets, doc_ids = batch["tokens"], batch["targets"], batch["doc_ids"]
-        mask = targets >= 0
+    def scores(self, model: Any, batch: Batch) -> tuple[Any, Any]:
+        """(Scores (B, T) at the temperature, aux) of a collected batch."""
+        given = {name: batch[name] for name in ("targets", "doc_ids", "branches") if name in batch}
         with tempered(model, self.sampling.temperature):
-            scores, aux = model(tokens, targets=targets, doc_ids=doc_ids)
-        A = batch["advantages"][:, None]
-        rho = (scores.logprob - batch["old_logprob"]).exp()
-        clipped = rho.clamp(1 - self.clip_low, 1 + self.clip_high)
-        x = -torch.minimum(rho * A, clipped * A)
-        metrics: Metrics = {}
+            return model(batch["tokens"], **given)
+
+    def loss(self, model: nn.Module, ref: nn.Module | None, batch: Batch) -> tuple[Tensor, Metrics]:
+        """-> the loss of a collected batch, summed as the reduction says, and metrics as (sum, count)."""
+        slots, A = batch["slots"], batch["advantages"][:, None]
+        mask = slots >= 0
         n = mask.sum(1)
-        count = n.sum()
+        scores, aux = self.scores(model, batch)
+        logprob = take(scores.logprob, slots)
+        old = batch.get("old_logprob", logprob.detach())  # of the policy that drew, as the trainer computes it
+        ratio = logprob - old
+        if self.level == "sequence":
+            ratio = ratio.sum(1, keepdim=True) / n.clamp_min(1)[:, None]
+        rho = ratio.exp()
+        x, left_alone = self.objective(rho, A, logprob)
+        metrics = {name: average(flags.float(), mask) for name, flags in left_alone.items()}
+        metrics["ratio/mean"] = average(rho.detach(), mask)
+        metrics["entropy"] = scores.entropy.sum(), n.sum()
+        if "sampler_logprob" in batch:
+            weight, found = self.sampler(old, batch["sampler_logprob"], mask)
+            metrics |= found
+            if weight is not None:
+                x = x * weight
         if self.needs_reference:
             assert ref is not None
-            with torch.no_grad(), tempered(ref, self.sampling.temperature):
-                before = ref(tokens, targets=targets, doc_ids=doc_ids)[0].logprob
-            gap = before - scores.logprob
-            kl = rho * (gap.exp() - gap - 1)  # k3 (Schulman 2020), of what pi would draw and not pi_old
+            with torch.no_grad():
+                before = take(self.scores(ref, batch)[0].logprob, slots)
+            gap = before - logprob
+            kl = gap.exp() - gap - 1
+            kl = rho * kl if self.kl_weighted else kl
             x = x + self.beta * kl
-            metrics["kl"] = (kl.detach() * mask).sum(), count
+            metrics["kl"] = average(kl.detach(), mask)
         loss = self.reduction.total(x * mask, n)
-        metrics |= {
-            "loss": (loss.detach(), torch.tensor(self.weight(batch))),
-            "clip/low": (((rho < 1 - self.clip_low) & (A < 0) & mask).sum(), count),
-            "clip/high": (((rho > 1 + self.clip_high) & (A > 0) & mask).sum(), count),
-            "entropy": (scores.entropy.sum(), count),
-        }
+        metrics["loss"] = loss.detach(), torch.tensor(self.weight(batch))
         if aux is not None:
-            loss = loss + self.reduction.total(aux.loss * mask, n)
-            metrics |= aux.metrics(mask)
-        return loss, metrics | batch["metrics"]
+            loss = loss + self.reduction.total(take(aux.loss.expand(batch["tokens"].shape), slots), n)
+            metrics |= aux.metrics(batch["targets"] >= 0)
+        return loss, metrics | batch.get("metrics", {})
+
+    def clip(self, rho: Tensor, A: Tensor, logprob: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """rho (N, L) or (N, 1), A (N, 1), logprob (N, L) -> losses, and which of them have no gradient, by metric."""
+        flags = {"clip/low": (rho < 1 - self.clip_low) & (A < 0), "clip/high": (rho > 1 + self.clip_high) & (A > 0)}
+        clipped = rho.clamp(1 - self.clip_low, 1 + self.clip_high)
+        if self.delta is not None:
+            flags["clip/delta"] = (rho > self.delta) & (A < 0)
+            rho = rho.clamp_max(self.delta)
+        return -torch.minimum(rho * A, clipped * A), flags
+
+    def cispo(self, rho: Tensor, A: Tensor, logprob: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every token keeps its gradient; the metric is where the weight of a good one was capped."""
+        capped = rho.detach().clamp_max(self.e_max)
+        return -capped * A * logprob, {"clip/high": (rho > self.e_max) & (A > 0)}
+
+    def sapo(self, rho: Tensor, A: Tensor, logprob: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Nothing is clipped: a sigmoid closes softly, so there is no metric."""
+        tau = torch.where(A > 0, self.tau_pos, self.tau_neg)
+        return -4 / tau * torch.sigmoid(tau * (rho - 1)) * A, {}
+
+    def sampler(self, old: Tensor, sampled: Tensor, mask: Tensor) -> tuple[Tensor | None, Metrics]:
+        """Log-probabilities of the same policy by trainer and sampler (N, L) -> the weight exp(old - sampled) of each token
+        (N, L), or of each completion (N, 1), as `correction` has it, None without; and metrics, which there always are."""
+        gap = old.detach() - sampled
+        raw = (gap.sum(1, keepdim=True) if self.correction_level == "sequence" else gap).exp()
+        metrics = {
+            "sampler/gap": average(gap.abs(), mask),
+            "sampler/gap_max": (gap.abs().max(), torch.tensor(1)),  # of a micro-batch; the mean over several
+            "sampler/weight": average(raw, mask),
+        }
+        if self.correction == "none":
+            return None, metrics
+        beyond = raw > self.correction_cap
+        metrics["sampler/capped"] = average(beyond.float(), mask)
+        if self.correction == "truncate":
+            return raw.clamp_max(self.correction_cap), metrics
+        return torch.where(beyond, 0, raw), metrics
+
+    # ------------------------------------------------------------ validation
+
+    def evaluate(self, model: nn.Module, batch: Batch, seed: int) -> Metrics:
+        """Of prompts: the likeliest completion of each, token by token, judged. Of groups: reward/mean is the reward of that
+        completion of each group which the policy finds likeliest, by its mean log-probability a token; reward/given the
+        mean of all."""
+        bare: Any = getattr(model, "module", model)
+        if "group" not in batch:
+            prompts = prompts_of(batch)
+            greedy = Sampling(temperature=0.0)
+            seeds = [prompt_seed(seed, i) for i in range(len(prompts))]
+            return self.judged(batch["fields"], self.draw(bare, prompts, seeds, 1, greedy)).metrics
+        r = self.given(batch)
+        made = self.lay(r.rows, r.group, bare, batch["tokens"].device)
+        with torch.no_grad():
+            scores, _ = self.scores(bare, made)
+        n = (made["slots"] >= 0).sum(1)
+        likely = (take(scores.logprob, made["slots"]).sum(1) / n.clamp_min(1)).cpu()
+        likely = likely.masked_fill(r.rewards.isnan(), -torch.inf)
+        best = [i[likely[i].argmax()] for i in ((r.group == g).nonzero()[:, 0] for g in r.group.unique())]
+        metrics = r.metrics | {"reward/given": r.metrics["reward/mean"], "entropy": (scores.entropy.sum(), n.sum())}
+        return metrics | {"reward/mean": rollout.overall(r.rewards[torch.stack(best)])["reward/mean"]}
 
 
-def row_metrics(rows: list[Completion]) -> Metrics:
-    count = torch.tensor(len(rows))
-    return {
-        "completion/length": (torch.tensor(sum(len(r.tokens) for r in rows)), count),
-        "completion/truncated": (torch.tensor(sum(r.finish == "length" for r in rows)), count),
-    }
+def prompts_of(batch: Batch) -> list[list[int]]:
+    return [row[ids >= 0].tolist() for row, ids in zip(batch["tokens"].cpu(), batch["doc_ids"].cpu())]
 
 
-def assemble(prompts: list[list[int]], completions: list[list[int]], limit: int | None) -> dict[str, Tensor]:
-    """Rows of a prompt and its completion, padded on the right to a multiple of ROUND or to `limit` -> tokens, targets
-    (-100 but for the completion's tokens), doc_ids (0, and -1 for padding), each (N, T)."""
-    widest = max(len(p) + len(c) - 1 for p, c in zip(prompts, completions))
-    rounded = -(-widest // ROUND) * ROUND
-    shape = len(prompts), rounded if limit is None else min(rounded, limit)
-    tokens, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -100)
-    doc_ids = torch.full(shape, -1)
-    for i, (p, c) in enumerate(zip(prompts, completions)):
-        n = len(p) + len(c) - 1  # the last one is no input
-        tokens[i, :n] = torch.tensor(p + c)[:-1]
-        targets[i, len(p) - 1 : n] = torch.tensor(c)
-        doc_ids[i, :n] = 0
-    return {"tokens": tokens, "targets": targets, "doc_ids": doc_ids}
+def prompt_seed(seed: int, i: int) -> int:
+    """What the completions of a batch's i-th prompt are drawn by; it depends on no other prompt."""
+    return int(mix(seed, i)[0] >> 1)
 
 
-def advantages(rewards: Tensor, group_size: int, scale: str) -> Tensor:
-    """rewards (N,), groups one after another, NaN where one failed -> advantages (N,)."""
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.nanmean(1, keepdim=True)
-    return (centred / SCALES[scale](groups)).nan_to_num(0.0).flatten()
+def unlearned(row: Row) -> Row:
+    """As much of a row as a backward pass needs, with nothing to learn: its prompt and one token."""
+    n = max(1, int(row.learned.int().argmax())) + 1
+    return Row(row.ids[:n], torch.zeros(n, dtype=torch.bool))
 
 
-def deviation(x: Tensor, dim: int) -> Tensor:
-    """Unbiased standard deviation of the numbers that are not NaN, 0 of a single one."""
-    squares = (x - x.nanmean(dim, keepdim=True)).square().nansum(dim)
-    return (squares / ((~x.isnan()).sum(dim) - 1).clamp_min(1)).sqrt()
-
-
-# Rewards (P, G) -> what their distances from the mean are divided by.
-SCALES: dict[str, Callable[[Tensor], Tensor]] = {
-    "group": lambda groups: deviation(groups, 1)[:, None] + EPS,
-    "batch": lambda groups: deviation(groups.flatten(), 0) + EPS,
-    "none": lambda groups: torch.ones(()),  # Liu et al. 2025
-}
+def average(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum, count) of x (N, L) over what `mask` (N, L) marks, or of x (N, 1) over the completions that it marks at all."""
+    mask = mask.any(1, keepdim=True) if x.shape[1] == 1 else mask
+    return (x * mask).sum(), mask.sum()
 
 
 @contextlib.contextmanager
 def tempered(model: Any, temperature: float) -> Iterator[None]:
     """The model's logits divided by `temperature`, also where it gives scores instead of them: the states before its head
     are divided, and a cap c of logits, because c tanh(z / c) / t is c' tanh((z / t) / c') with c' = c / t."""
+    if temperature == 1:
+        yield
+        return
     bare = getattr(model, "module", model)
+    if not hasattr(bare, "logit_cap"):
+        raise Refusal(
+            f"reference=cached has log-probabilities at temperature 1, and strategy.temperature={temperature}: set it to 1, or reference=copy"
+        )
     cap = bare.logit_cap
     hook = bare.norm.register_forward_hook(lambda module, inputs, x: x / temperature)
     bare.logit_cap = None if cap is None else cap / temperature

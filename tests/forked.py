@@ -1,0 +1,166 @@
+"""Scripts as processes of their own without the seconds that each needs to import torch and Hydra.
+
+Run as a program this is a server: it imports everything once and forks for each line of its standard input. The child has
+its own arguments, environment, folder and output, and is otherwise what `python train.py ...` is: it can be killed,
+signalled and waited for by its id. What depends on how Python itself is started has to start Python."""
+
+import atexit
+import itertools
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def serve() -> dict[str, Any] | None:
+    """Fork at each request; -> the request in the child, None at the end in the server."""
+    import hydra  # noqa: F401
+    import torch  # noqa: F401
+
+    import etude.infer.session
+    import etude.interop.convert
+    import etude.lora
+    import etude.training  # noqa: F401
+
+    results: dict[int, str] = {}
+
+    def reap(*_: Any) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            path = Path(results.pop(pid))
+            path.with_suffix(".new").write_text(str(os.waitstatus_to_exitcode(status)))
+            os.replace(path.with_suffix(".new"), path)
+
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        if (pid := os.fork()) == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+            return request
+        results[pid] = request["result"]
+        signal.signal(signal.SIGCHLD, reap)
+        print(pid, flush=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    return None
+
+
+def become(request: dict[str, Any]) -> None:
+    """What a fresh interpreter would be."""
+    for number, path in enumerate((request["stdin"], request["stdout"], request["stderr"])):
+        fd = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(fd, number)
+        os.close(fd)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    script = Path(request["argv"][0]).resolve()
+    sys.argv = [request["argv"][0], *request["argv"][1:]]
+    sys.path[:0] = [str(script.parent), *filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+class Forked:
+    """A started script, to be used as a subprocess.Popen of text."""
+
+    _server: subprocess.Popen[str] | None = None
+    _numbers = itertools.count()
+    _folder = Path()
+
+    def __init__(self, argv: list[str], cwd: Path, env: dict[str, str], stdin: str | None = None, joined: bool = False):
+        server = self._serve()
+        number = next(self._numbers)
+        self._out, self._err, given, self._result = (
+            self._folder / f"{number}.{n}" for n in ("out", "err", "in", "result")
+        )
+        given.write_text(stdin or "")
+        request = {
+            "argv": argv, "cwd": str(cwd), "env": env, "stdin": str(given), "stdout": str(self._out),
+            "stderr": str(self._out if joined else self._err), "result": str(self._result),
+        }  # fmt: skip
+        assert server.stdin is not None and server.stdout is not None
+        print(json.dumps(request), file=server.stdin, flush=True)
+        self.args, self.pid = argv, int(server.stdout.readline())
+        self.returncode: int | None = None
+
+    @classmethod
+    def _serve(cls) -> "subprocess.Popen[str]":
+        if cls._server is None:
+            cls._folder = Path(tempfile.mkdtemp(prefix="forked"))
+            env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+            pipe = subprocess.PIPE
+            cls._server = subprocess.Popen([sys.executable, __file__], env=env, stdin=pipe, stdout=pipe, text=True)
+            atexit.register(cls._stop)
+        return cls._server
+
+    @classmethod
+    def _stop(cls) -> None:
+        assert cls._server is not None and cls._server.stdin is not None and cls._server.stdout is not None
+        cls._server.stdin.close()
+        cls._server.wait()
+        cls._server.stdout.close()
+
+    def poll(self) -> int | None:
+        if self.returncode is None and self._result.exists():
+            self.returncode = int(self._result.read_text())
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if end is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            time.sleep(0.01)
+        return code
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self._out.read_text(), self._err.read_text() if self._err.exists() else ""
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
+def run(
+    argv: list[str], cwd: Path, env: dict[str, str], stdin: str | None = None, timeout: float = 240
+) -> "subprocess.CompletedProcess[str]":
+    """A script from start to end."""
+    process = Forked(argv, cwd, env, stdin)
+    try:
+        out, err = process.communicate(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(argv, process.returncode or 0, out, err)
+
+
+if __name__ == "__main__":
+    if (request := serve()) is not None:
+        try:
+            become(request)
+        except SystemExit:
+            raise
+        except BaseException:
+            traceback.print_exc()
+            sys.exit(1)
