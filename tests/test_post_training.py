@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 MODELS = {"dense": [], "moe": ["model=moe"], "mla": ["model/attn=mla", "model.attn.kv_lora_rank=8"]}
 ROLLOUTS = (
     "strategy.steps_per_rollout=2 strategy.iterations=2 strategy.beta=0.1 strategy.sync_interval=5 strategy.group_size=4 strategy.max_completion=6 "
-    "+reward@strategy.rewards.short=length strategy.rewards.short.limit=1"  # an untrained model gives no right answers
+    "+reward@strategy.rewards.short=length strategy.rewards.short.limit=4"  # an untrained model gives no right answers
 )
 STRATEGIES = {"sft": ["strategy=sft"], "dpo": ["strategy=dpo"], "grpo": ["strategy=grpo", *ROLLOUTS.split()]}
 

@@ -149,10 +149,6 @@ def measure(cfg: dict, sides: dict[str, "Ours"], theirs: "TRL") -> dict[str, Any
     rounds["trl"] = [overall(part, window) for part in parts]
     if len({tuple(s.learned for s in steps) for steps in rounds.values()}) > 1:
         raise EtudeError("the sides learned from different numbers of tokens: not the same is computed")
-
-    whole: Value = lambda s: s.seconds  # noqa: E731
-    update: Value = lambda s: s.seconds - s.before  # noqa: E731
-    what = "completions" if theirs.grpo else "pairs"
     result: dict[str, Any] = {
         "model": cfg["tag"] or cfg["model"]["_target_"].rpartition(".")[2],
         "parameters": session.model.n_params(),
@@ -161,9 +157,21 @@ def measure(cfg: dict, sides: dict[str, "Ours"], theirs: "TRL") -> dict[str, Any
         "reference": cfg["reference"] if session.strategy.needs_reference else None,
         "trl_version": importlib.metadata.version("trl"),
         "transformers_version": importlib.metadata.version("transformers"),
-        f"{what}_per_step": theirs.samples,
         "layout": layout,
     }
+    result |= figures(rounds, layout, theirs)
+    for prefix, first in (("", own.first), ("trl_", theirs.first)):
+        assert first is not None
+        result |= {f"{prefix}first_loss": first.loss, f"{prefix}first_grad_norm": first.norm}
+    return result
+
+
+def figures(rounds: dict[str, list[Step]], layout: str, theirs: "TRL") -> dict[str, Any]:
+    """Rates of each side, and how many times as long the others take as our `layout`."""
+    what = "completions" if theirs.grpo else "pairs"
+    whole: Value = lambda s: s.seconds  # noqa: E731
+    update: Value = lambda s: s.seconds - s.before  # noqa: E731
+    result: dict[str, Any] = {f"{what}_per_step": theirs.samples}
     for name, steps in rounds.items():
         prefix = "" if name == layout else f"{name}_"
         result |= {
@@ -180,9 +188,6 @@ def measure(cfg: dict, sides: dict[str, "Ours"], theirs: "TRL") -> dict[str, Any
         }
     if theirs.grpo:
         result["rollout_ratio_to_trl"] = ratio(rounds[layout], rounds["trl"], lambda s: s.before)
-    for prefix, first in (("", own.first), ("trl_", theirs.first)):
-        assert first is not None
-        result |= {f"{prefix}first_loss": first.loss, f"{prefix}first_grad_norm": first.norm}
     return result
 
 
@@ -452,6 +457,8 @@ class TRL:
 
         class Turns(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if side.session.device.type == "cuda":
+                    torch.cuda.synchronize(side.session.device)
                 seconds = time.perf_counter() - side.begin
                 side.steps.append(Step(seconds, side.before, side.tokens, side.learned))
                 done = len(side.steps)
@@ -467,12 +474,8 @@ class TRL:
 
     def saw(self, inputs: dict[str, Tensor], loss: Tensor) -> None:
         """A loss is computed."""
-        if self.grpo:
-            self.tokens += inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
-            self.learned += int(inputs["completion_mask"].sum())
-        else:
-            self.tokens += inputs["input_ids"].numel()
-            self.learned += int(inputs["completion_mask"].sum())
+        self.tokens += sum(inputs[n].numel() for n in ("input_ids", "prompt_ids", "completion_ids") if n in inputs)
+        self.learned += int(inputs["completion_mask"].sum())
         if self.first is None:
             self.seen.append((inputs, loss.item()))
 

@@ -5,14 +5,25 @@ D channels."""
 import functools
 import inspect
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 128  # queries a block of windowed attention, at least
+SHORT = 64  # tokens of a run up to which it is worth while to compute several at once
+
+
+class Short(NamedTuple):
+    """R runs of at most L tokens, which see at most K, trunk and own ones: where in the flattened batch their tokens (R, L)
+    and what they see (R, K) lie, how far behind each token each position is (R, L, K), and which of the R L are real."""
+
+    own: Tensor
+    seen: Tensor
+    behind: Tensor
+    real: Tensor
 
 
 class Documents:
@@ -98,6 +109,42 @@ class Documents:
         """Of the documents, in order."""
         return (self.bounds[1:] - self.bounds[:-1]).tolist()
 
+    @functools.cached_property
+    def short(self) -> list["Short"]:
+        """Runs that are short, by size; `long` has the others. Sizes are rounded up to powers of two, so that there are few
+        and no more than half of each dimension is padding."""
+        by_size: dict[tuple[int, int], list[int]] = {}
+        lengths = self.lengths
+        for run, (n, trunk) in enumerate(zip(lengths, self.trunks)):
+            whole = n + (lengths[trunk] if trunk >= 0 else 0)
+            if n <= SHORT and whole <= 4 * SHORT:
+                by_size.setdefault((n.bit_length(), whole.bit_length()), []).append(run)
+        self.long = sorted(set(range(len(lengths))) - {run for runs in by_size.values() for run in runs})
+        return [self._short(runs) for runs in by_size.values()]
+
+    def _short(self, runs: list[int]) -> "Short":
+        starts, lengths, trunks = self.bounds.tolist(), self.lengths, self.trunks
+        L = max(lengths[r] for r in runs)
+        P = [lengths[trunks[r]] if trunks[r] >= 0 else 0 for r in runs]
+        K = max(p + lengths[r] for p, r in zip(P, runs))
+        device = self.doc_ids.device
+        start, n, before, trunk = (
+            torch.tensor(values)[:, None]
+            for values in (
+                [starts[r] for r in runs],
+                [lengths[r] for r in runs],
+                P,
+                [starts[trunks[r]] if trunks[r] >= 0 else 0 for r in runs],
+            )
+        )
+        i, j = torch.arange(L)[None], torch.arange(K)[None]
+        i = i.minimum(n - 1)  # behind its end a run's last token stands again
+        own = start + i
+        seen = torch.where(j < before, trunk + j, start + (j - before).clamp(0).minimum(n - 1))
+        behind = (before + i)[:, :, None] - j[:, None, :]
+        real = (torch.arange(L) < n).flatten().nonzero()[:, 0]
+        return Short(own.to(device), seen.to(device), behind.to(device), real.to(device))
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
         """Causal attention within documents. q (B, H, T, D), k, v (B, H_kv, T, D) -> (B, H, T, D_v)."""
         B, _, T, _ = q.shape
@@ -105,13 +152,7 @@ class Documents:
             return attend(q, k, v, scale=scale, window=window)
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B*T, H, D)
         half = q.dtype in (torch.float16, torch.bfloat16)
-        if (
-            q.is_cuda
-            and half
-            and self.branches is None
-            and v.shape[-1] == q.shape[-1]
-            and (window is None or "window_size" in _varlen_keywords())
-        ):
+        if q.is_cuda and half and self.branches is None and v.shape[-1] == q.shape[-1] and _varlen_can(window):
             y = _varlen(q, k, v, self.bounds, T, scale, window)
         else:
             y = self.separately(self, q, k, v, scale, window)
@@ -187,17 +228,64 @@ def _local(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int) ->
 def _separately(
     documents: Documents, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
 ) -> Tensor:
-    """One call a document, or a trunk or branch: q (B*T, H, D), k, v (B*T, H_kv, D) -> (B*T, H, D_v)."""
+    """One call a document, or a trunk or branch, short ones of which go together: q (B*T, H, D), k, v (B*T, H_kv, D) ->
+    (B*T, H, D_v)."""
+    if documents.branches is not None and documents.short:
+        return _together(documents, q, k, v, scale, window)
+    return torch.cat(_one_by_one(documents, range(len(documents.lengths)), q, k, v, scale, window))
+
+
+def _one_by_one(
+    documents: Documents,
+    runs: Iterable[int],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> list[Tensor]:
+    """(L, H, D_v) of each of some runs."""
     # split, unlike slicing, goes back through one concatenation
     each = [[t.transpose(0, 1)[None] for t in qkv] for qkv in zip(*(t.split(documents.lengths) for t in (q, k, v)))]
     ys = []
-    for (q, k, v), trunk in zip(each, documents.trunks):
+    for run in runs:
+        trunk = documents.trunks[run]
         if trunk < 0:
-            y = attend(q, k, v, scale=scale, window=window)
+            y = attend(*each[run], scale=scale, window=window)
         else:
-            y = _branch(each[trunk], q, k, v, scale, window)
+            y = _branch(each[trunk], *each[run], scale, window)
         ys.append(y[0].transpose(0, 1))
-    return torch.cat(ys)
+    return ys
+
+
+def _together(documents: Documents, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """As `_separately`, with one call for all short runs of about one size: of many answers of a few tokens each, the calls
+    would take longer than their products."""
+    if (
+        q.device.type == "cpu"
+    ):  # the kernel's own type at this size (see sdpa); a trunk's gradients are summed in it too
+        dtype, (q, k, v) = q.dtype, (t.float() for t in (q, k, v))
+    else:
+        dtype = q.dtype
+    parts, places = [], []
+    with torch.autocast(q.device.type, enabled=False):
+        for short in documents.short:
+            here, seen = (
+                t.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
+                for t, at in ((q, short.own), (k, short.seen))
+            )
+            values = v.index_select(0, short.seen.flatten()).unflatten(0, short.seen.shape).transpose(1, 2)
+            mask = short.behind >= 0 if window is None else (short.behind >= 0) & (short.behind < window)
+            if q.device.type != "cpu":
+                seen, values = (t.repeat_interleave(here.shape[1] // t.shape[1], 1) for t in (seen, values))
+            y = sdpa(here, seen, values, mask[:, None], scale).transpose(1, 2)
+            parts.append(y.flatten(0, 1).index_select(0, short.real))
+            places.append(short.own.flatten().index_select(0, short.real))
+        if documents.long:
+            starts = documents.bounds.tolist()
+            parts += _one_by_one(documents, documents.long, q, k, v, scale, window)
+            places += [torch.arange(starts[i], starts[i + 1], device=q.device) for i in documents.long]
+    return torch.cat(parts).index_select(0, torch.cat(places).argsort()).to(dtype)
 
 
 @functools.cache
@@ -228,6 +316,12 @@ def _varlen_keywords() -> frozenset[str]:
     from torch.nn.attention.varlen import varlen_attn
 
     return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen_can(window: int | None) -> bool:
+    """Whether torch's kernel can be told what is wanted: a scale, and to be causal."""
+    accepted = _varlen_keywords()
+    return "scale" in accepted and ("window_size" in accepted or (window is None and "is_causal" in accepted))
 
 
 def _varlen(
