@@ -43,6 +43,7 @@ FLOORS = {
     "etude.bench": 4,
     "etude.bench_data": 4,
     "etude.bench_engine": 4,
+    "etude.bench_steps": 4,
     "etude.bench_trl": 4,
     "etude.training": 4,
     "etude.preparing": 4,

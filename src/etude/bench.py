@@ -3,7 +3,6 @@
 A machine with neighbours is fast one minute and slow the next: so times are medians over rounds in which both programs
 take turns, and what counts is their ratio."""
 
-import contextlib
 import json
 import re
 import resource
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from etude import config as conf
+from etude.bench_steps import Training, describe
 from etude.errors import Refusal
 
 
@@ -150,69 +150,6 @@ def size_ratio(tokens: int, ours: dict[str, float], other: int, theirs: dict[str
     return tokens / ours["step"] / (other / theirs["step"])
 
 
-class Training:
-    """The loop's own work on one session, with the clock read between its parts."""
-
-    def __init__(self, session: Any):
-        self.session = session
-        if session.cfg["compile"]:
-            for block in session.model.blocks:
-                block.compile()
-        self.step, self.reading = 0, contextlib.ExitStack()
-        self.latest: tuple[list[Any], list[dict], Any] | None = (
-            None  # step's micro-batches, their metrics, gradient's norm
-        )
-        self.reading.enter_context(session.window.reading(0, None))
-        self.round(session.cfg["warmup_steps"])
-
-    def round(self, steps: int) -> dict[str, float]:
-        """Median seconds a step of each part over `steps` steps."""
-        from etude.loop import gradients, weigh
-
-        s = self.session
-        times: list[dict[str, float]] = []
-        for _ in range(steps):
-            clock = Clock(s.device)
-            batches = s.window.collected(s.model, self.step)
-            self.step += 1
-            clock.lap("data")
-            metrics, norm = gradients(
-                s.model,
-                s.ref,
-                s.strategy,
-                batches,
-                weigh(s.strategy, batches),
-                s.cfg,
-                0,
-                s.parallel,
-                s.world,
-                s.autocast,
-                clock.lap,
-            )
-            s.optimizer.step()
-            s.optimizer.zero_grad()
-            clock.lap("optimizer")
-            times.append(clock.laps | {"step": sum(clock.laps.values())})
-            self.latest = batches, metrics, norm
-        return {k: statistics.median(t[k] for t in times) for k in times[0]} if times else {}
-
-
-class Clock:
-    """Seconds spent in named parts; on a GPU each lap waits until its work is done."""
-
-    def __init__(self, device: Any):
-        self.device, self.laps, self.last = device, dict[str, float](), time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.laps[part] = self.laps.get(part, 0.0) + now - self.last
-        self.last = now
-
-
 def summary(rounds: list[dict[str, float]], tokens: int, session: Any) -> dict[str, Any]:
     step = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
     rate = tokens / step["step"]
@@ -288,16 +225,6 @@ def peak_memory(device: Any) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def describe(device: Any) -> str:
-    import torch
-
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads"
-    )
 
 
 def show(result: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from etude import checkpoint
 from etude import config as conf
-from etude.bench import Training, describe
+from etude.bench_steps import Training, describe
 from etude.data.loader import ROUND, Batch, Batches
 from etude.errors import EtudeError, Refusal
 from etude.interop import convert

@@ -249,11 +249,11 @@ def _one_by_one(
     each = [[t.transpose(0, 1)[None] for t in qkv] for qkv in zip(*(t.split(documents.lengths) for t in (q, k, v)))]
     ys = []
     for run in runs:
-        trunk = documents.trunks[run]
+        (q, k, v), trunk = each[run], documents.trunks[run]
         if trunk < 0:
-            y = attend(*each[run], scale=scale, window=window)
+            y = attend(q, k, v, scale=scale, window=window)
         else:
-            y = _branch(each[trunk], *each[run], scale, window)
+            y = _branch(each[trunk], q, k, v, scale, window)
         ys.append(y[0].transpose(0, 1))
     return ys
 
