@@ -996,7 +996,7 @@ def test_it_can_be_built_from_its_yaml() -> None:
         ({"rewards": {"l": 3}}, "type .reward@strategy.rewards.l=<a file of conf/reward>"),
         ({"rewards": {"l": {"_target_": "x.y"}}}, "with a _target_ and _partial_: true"),
     ],
-    ids=str,
+    ids=lambda v: v if isinstance(v, str) else "-".join(v),  # not a function's address
 )
 def test_grpo_settings_that_do_not_fit(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
