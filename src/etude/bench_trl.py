@@ -404,8 +404,6 @@ class TRL:
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
-            # oneDNN compiles a bf16 product for each new shape: padded alike, TRL's steps are faster too
-            "pad_to_multiple_of": ROUND if self.session.precision == "bf16" else None,
             "seed": cfg["seed"],
         }
 
@@ -423,6 +421,7 @@ class TRL:
             beta=s["beta"],
             label_smoothing=s["label_smoothing"],
             max_length=None,
+            pad_to_multiple_of=self.few_shapes(ROUND),
             precompute_ref_log_probs=self.cfg["reference"] == "cached",
         )
 
@@ -447,7 +446,12 @@ class TRL:
             beta=s["beta"],
             use_bias_correction_kl=s["kl_weighted"],
             scale_rewards=s["scale"],
+            pad_to_multiple_of=self.few_shapes(8),  # prompts and completions, each by itself
         )
+
+    def few_shapes(self, multiple: int) -> int | None:
+        """oneDNN compiles a bf16 product for each new shape: padded to few of them, TRL's steps take less time or as much."""
+        return multiple if self.session.precision == "bf16" else None
 
     def train(self, our_turn: Callable[[], None]) -> None:
         """All steps; `our_turn` is called before each round."""
