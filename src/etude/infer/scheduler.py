@@ -59,15 +59,18 @@ class Scheduler:
         """The next step; pages are given, and contents of a partly shared page are to be copied first."""
         budget = self.step_tokens
         step = Step([], [], [])
+        preempted = self.preemptions
         for s in sorted(self.running, key=lambda s: (len(s.ids) - s.computed > 1, s.order)):
             if s not in self.running or budget <= 0:  # preempted by one before it
                 continue
             if s.whole:
                 step.wholes.append(s)
                 budget -= len(s.ids)
-            elif self._room(s, min(len(s.ids) - s.computed, budget), step):
+            elif self._room(s, wanted := min(len(s.ids) - s.computed, budget), step):
+                budget -= wanted
+            if self.preemptions != preempted:  # what was to be computed of others is not
+                preempted = self.preemptions
                 budget = self.step_tokens - sum(c.length for _, c in step.chunks) - sum(len(w.ids) for w in step.wholes)
-        preempted = self.preemptions
         for s in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_running or self.preemptions != preempted:
                 break
