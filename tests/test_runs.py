@@ -212,8 +212,8 @@ def test_a_new_attention_and_a_new_loss_are_one_file_and_one_yaml_each(tmp_path:
             def __init__(self, *, gamma: float):
                 self.gamma = gamma
 
-            def collect(self, model, batch):
-                return batch
+            def collect(self, model, batches, seeds, world):
+                return batches
 
             def weight(self, batch):
                 return int((batch["targets"] >= 0).sum())
