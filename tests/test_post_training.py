@@ -201,3 +201,16 @@ def test_two_processes_are_one(tmp_path: Path, strategy: str) -> None:
         for name in a:
             if not name.startswith("perf/") and name != "seconds" and name != "time":
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
+
+
+def test_data_with_another_tokenizer_is_refused(tuned: Path, tmp_path: Path) -> None:
+    """Ids of another vocabulary would train without an error, and mean nothing."""
+    rows = [{"prompt": f"What is {i} + {i}?", "completion": str(2 * i)} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    prepared = ["prepare.py", f"from={tmp_path}/rows.jsonl", f"to={tmp_path}/rows.h5", "kind=chats", "tokenizer=bpe"]
+    made = script([*prepared, "tokenizer.vocab_size=280", "progress=none"], ROOT, environment())
+    assert made.returncode == 0, made.stderr
+    wrong = [f"init_from={tuned}", "strategy=sft", "data=h5", f"data.path={tmp_path}/rows.h5", "data.seq_len=64"]
+    done = train(*wrong, f"runs_dir={tmp_path}/runs", "threads=1", check=False)
+    assert done.returncode == 2 and "the data has another tokenizer than" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1

@@ -12,6 +12,7 @@ from etude import checkpoint, lora
 from etude import config as conf
 from etude.errors import Refusal
 from etude.model import weights
+from etude.text.tokenizer import Tokenizer, load
 from etude.window import key
 
 LONGEST = 1024  # inputs of a sample, where neither the user nor the model's own training says less
@@ -49,6 +50,14 @@ def adopt(cfg: dict, overrides: list[str]) -> dict:
     cfg = cfg | {"model": node, "tokenizer": tokenizer, "data": data, "init_from": str(folder)}
     conf.check_relations({"model": node})
     return cfg
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raises Refusal where the data was encoded with another tokenizer than the model's: data that brings its own."""
+    if load(folder).sha256() != tokenizer.sha256():
+        raise Refusal(
+            f"the data has another tokenizer than {folder}: prepare it anew with tokenizer=file tokenizer.path={folder}"
+        )
 
 
 def fingerprint(cfg: dict) -> str | None:

@@ -30,10 +30,8 @@ def train(cfg: dict) -> int:
     if cfg["resume"] is not None:
         cfg = runs.resumed_config(Path(cfg["resume"]), cfg, overrides, list(conf.MAY_CHANGE))
         conf.check_targets({k: v for k, v in cfg.items() if isinstance(v, dict)}, cfg["trusted"])
-        if (
-            cfg["init_from"] is not None and not Path(cfg["init_from"]).is_dir()
-        ):  # its checkpoints have the tokenizer too
-            last = Path(cfg["resume"]) / "artifacts" / "checkpoints" / "last"
+        if cfg["init_from"] is not None and not Path(cfg["init_from"]).is_dir():
+            last = Path(cfg["resume"]) / "artifacts" / "checkpoints" / "last"  # which has the tokenizer too
             cfg["tokenizer"] = cfg["tokenizer"] | {"path": str(last)}
     elif cfg["init_from"] is not None:
         from etude.initial import adopt
@@ -128,6 +126,8 @@ class Session:
             torch.set_float32_matmul_precision("high")
         self.tokenizer = prepared[0].tokenizer
         self.meta = together(dict(zip(data.parts(), prepared)))
+        if cfg["init_from"] is not None and cfg["resume"] is None:
+            initial.check_tokenizer(Path(cfg["init_from"]), self.tokenizer)
         self.engine = conf.build(cfg["engine"])
         made = conf.build(cfg["strategy"])
         self.strategy = made(self.tokenizer, self.engine) if cfg["strategy"].get("_partial_") else made
