@@ -203,14 +203,27 @@ def test_two_processes_are_one(tmp_path: Path, strategy: str) -> None:
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
 
 
-def test_data_with_another_tokenizer_is_refused(tuned: Path, tmp_path: Path) -> None:
+def test_prepared_data_has_to_have_the_models_tokenizer(tuned: Path, tmp_path: Path) -> None:
     """Ids of another vocabulary would train without an error, and mean nothing."""
     rows = [{"prompt": f"What is {i} + {i}?", "completion": str(2 * i)} for i in range(200)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    prepared = ["prepare.py", f"from={tmp_path}/rows.jsonl", f"to={tmp_path}/rows.h5", "kind=chats", "tokenizer=bpe"]
-    made = script([*prepared, "tokenizer.vocab_size=280", "progress=none"], ROOT, environment())
-    assert made.returncode == 0, made.stderr
-    wrong = [f"init_from={tuned}", "strategy=sft", "data=h5", f"data.path={tmp_path}/rows.h5", "data.seq_len=64"]
-    done = train(*wrong, f"runs_dir={tmp_path}/runs", "threads=1", check=False)
-    assert done.returncode == 2 and "the data has another tokenizer than" in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1
+    tokenizers = {"own": ["tokenizer=file", f"tokenizer.path={tuned}/artifacts/export"], "bpe": ["tokenizer=bpe"]}
+    done = {}
+    for name, chosen in tokenizers.items():
+        to = f"{tmp_path}/{name}.h5"
+        prepared = ["prepare.py", f"from={tmp_path}/rows.jsonl", f"to={to}", "kind=chats", *chosen, "progress=none"]
+        made = script(prepared, ROOT, environment())
+        assert made.returncode == 0, made.stderr
+        settings = [
+            "data=h5",
+            f"data.path={to}",
+            "data.layout=packed",
+            "data.seq_len=64",
+            "max_steps=2",
+            "batch_size=4",
+        ]
+        begin = ["strategy=sft", f"init_from={tuned}", *settings, f"runs_dir={tmp_path}/runs", "threads=1"]
+        done[name] = train(*begin, "tracker=jsonl", check=False)
+    assert done["own"].returncode == 0, done["own"].stderr
+    told = done["bpe"].stderr
+    assert done["bpe"].returncode == 2 and "the data has another tokenizer than" in told and told.count("\n") == 1

@@ -43,7 +43,9 @@ def adopt(cfg: dict, overrides: list[str]) -> dict:
         target[last] = source[last]
     default = cfg["model"]["max_len"]
     longest = min(found.get("seq_len", LONGEST), LONGEST)
-    tokenizer = {"_target_": "etude.text.tokenizer.file", "_partial_": True, "path": str(folder)}
+    tokenizer = cfg["tokenizer"]
+    if tokenizer["_target_"] != "etude.text.tokenizer.stored":  # which lies with the data: see check_tokenizer
+        tokenizer = {"_target_": "etude.text.tokenizer.file", "_partial_": True, "path": str(folder)}
     data = cfg["data"]
     if "data.seq_len" not in typed and data.get("seq_len") == default:  # model.max_len, of another model
         data = data | {"seq_len": longest}

@@ -30,7 +30,8 @@ def train(cfg: dict) -> int:
     if cfg["resume"] is not None:
         cfg = runs.resumed_config(Path(cfg["resume"]), cfg, overrides, list(conf.MAY_CHANGE))
         conf.check_targets({k: v for k, v in cfg.items() if isinstance(v, dict)}, cfg["trusted"])
-        if cfg["init_from"] is not None and not Path(cfg["init_from"]).is_dir():
+        gone = cfg["init_from"] is not None and not Path(cfg["init_from"]).is_dir()
+        if gone and "path" in cfg["tokenizer"]:
             last = Path(cfg["resume"]) / "artifacts" / "checkpoints" / "last"  # which has the tokenizer too
             cfg["tokenizer"] = cfg["tokenizer"] | {"path": str(last)}
     elif cfg["init_from"] is not None:
