@@ -218,8 +218,10 @@ def n_inputs(batch: Batch) -> int:
     real = batch["doc_ids"] >= 0
     if "branches" not in batch:
         return int(real.sum())
-    trunk = (real & (batch["branches"] == 0)).sum(1) * batch["branches"].amax(1).clamp_min(1)
-    return int((trunk + (real & (batch["branches"] > 0)).sum(1)).sum())
+    document = batch["doc_ids"].clamp_min(0)
+    most = torch.zeros_like(document).scatter_reduce(1, document, batch["branches"] * real, "amax")
+    times = torch.where(batch["branches"] == 0, most.gather(1, document).clamp_min(1), 1)  # in a trunk: its branches
+    return int((times * real).sum())
 
 
 def gradients(
