@@ -471,10 +471,14 @@ def test_branches_without_documents_are_refused() -> None:
 
 def test_tokens_are_counted_alike_in_every_layout() -> None:
     """What a step has seen does not depend on how it lay in memory: groups with a prompt, and one without, among them."""
-    rows = [row([5, 6, 7, 8], n) for n in (2, 3)] + [row([9, 6, 7], n) for n in (4, 1)] + [row([3], 2), row([4], 3)]
+    rows = (
+        [answered([5, 6, 7, 8], n) for n in (2, 3)]
+        + [answered([9, 6, 7], n) for n in (4, 1)]
+        + [answered([3], 2), row([4], 3)]
+    )
     found = {how: n_inputs(arrange(rows, 2, how, None)) for how in ("rows", "packed", "shared")}
     assert set(found.values()) == {sum(len(r.ids) - 1 for r in rows)}
 
 
-def row(prompt: list[int], n: int) -> Row:
+def answered(prompt: list[int], n: int) -> Row:
     return Row(torch.tensor(prompt + [11] * n), torch.tensor([False] * len(prompt) + [True] * n))
