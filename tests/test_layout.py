@@ -471,14 +471,7 @@ def test_branches_without_documents_are_refused() -> None:
 
 def test_tokens_are_counted_alike_in_every_layout() -> None:
     """What a step has seen does not depend on how it lay in memory: groups with a prompt, and one without, among them."""
-    rows = (
-        [answered([5, 6, 7, 8], n) for n in (2, 3)]
-        + [answered([9, 6, 7], n) for n in (4, 1)]
-        + [answered([3], 2), row([4], 3)]
-    )
+    prompts = [[5, 6, 7, 8], [5, 6, 7, 8], [9, 6, 7], [9, 6, 7], [3], [4]]
+    rows = [row((p, False), ([11] * n, True)) for p, n in zip(prompts, (2, 3, 4, 1, 2, 3))]
     found = {how: n_inputs(arrange(rows, 2, how, None)) for how in ("rows", "packed", "shared")}
     assert set(found.values()) == {sum(len(r.ids) - 1 for r in rows)}
-
-
-def answered(prompt: list[int], n: int) -> Row:
-    return Row(torch.tensor(prompt + [11] * n), torch.tensor([False] * len(prompt) + [True] * n))
