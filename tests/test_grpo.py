@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import varied_text
+from gradients import grads, same
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from test_model import made
@@ -86,17 +87,6 @@ def step(strategy: Any, model: nn.Module, ref: Any, batches: list[dict]) -> tupl
             before = sums.get(name, (0.0, 0.0))
             sums[name] = before[0] + s, before[1] + n
     return total, {k: float(s) / max(float(n), 1e-9) for k, (s, n) in sums.items() if k != "router/load"}
-
-
-def grads(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
-    """Equal to `tolerance` of each tensor's norm."""
-    assert a.keys() == b.keys() and a
-    for name in a:
-        assert (a[name] - b[name]).norm() <= tolerance * b[name].norm(), name
 
 
 # ---------------------------------------------------------------- what TRL recorded

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import grads, same
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from test_model import made
@@ -58,17 +59,6 @@ def learn(
 ) -> tuple[float, dict[str, float]]:
     """`step` with what the strategy makes of a loader's batches."""
     return step(strategy, model, ref, strategy.collect(model, batches, list(range(len(batches))), ONE))
-
-
-def grads(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
-    """Equal to `tolerance` of each tensor's norm."""
-    assert a.keys() == b.keys() and a
-    for name in a:
-        assert (a[name] - b[name]).norm() <= tolerance * b[name].norm(), name
 
 
 # ---------------------------------------------------------------- what TRL recorded

@@ -116,7 +116,7 @@ def shapes(cfg: dict, vocab_size: int) -> tuple[Any, int]:
     with torch.device("meta"):
         made = conf.build(cfg["model"], vocab_size)
         adapt(made, cfg)
-    return made, sum(p.numel() for p in made.parameters() if p.requires_grad)
+    return made, lora.trainable(made)
 
 
 def reference(model: Any, cfg: dict) -> Any | None:

@@ -8,18 +8,17 @@ from etude.model.head import CHUNK
 
 
 def preflight(
-    model: Any, trainable: int, copied: bool, engine: Any | None, device: Any, processes: int, precision: str, rows: int
-) -> None:
+    model: Any, trainable: int, copied: bool, rolled: int, device: Any, processes: int, precision: str, rows: int
+) -> str | None:
     """Raises Refusal where what a run holds from its first step on does not fit into what is free: weights, gradients and
-    two moments in fp32; `copied`, a reference; with `engine` settings, a rollout's packed weights and cache. `model` may
-    lie on the meta device; `processes` share the memory. What a forward keeps of `rows` tokens is an estimate, and
-    only warned of."""
+    two moments in fp32; `copied`, a reference; `rolled` bytes of rollouts. `model` may lie on the meta device; `processes`
+    share the memory. -> a warning where what a forward keeps of `rows` tokens, which is an estimate, would not fit."""
     n = sum(p.numel() for p in model.parameters())
     parts = {
         "weights": n * 4,
         "gradients and optimizer": trainable * 12,
         "reference": n * 4 if copied else 0,
-        "rollout": rollout(model, n, engine) if engine is not None else 0,
+        "rollout": rolled,
     }
     room, need = free(device) // processes, sum(parts.values())
     if room and need > room:
@@ -35,19 +34,18 @@ def preflight(
             f"this run needs {need / 2**20:,.0f} MiB a process ({told}) and {room / 2**20:,.0f} MiB are free: {advice[largest]}"
         )
     total = need + activations(model, rows, precision)
-    if room and total > room:
-        print(
-            f"warning: about {total / 2**20:,.0f} MiB will be needed at a step and {room / 2**20:,.0f} MiB are free; should it fail, lower micro_batch_size or data.seq_len, or set model.checkpoint=true"
-        )
+    if not room or total <= room:
+        return None
+    return f"about {total / 2**20:,.0f} MiB will be needed at a step and {room / 2**20:,.0f} MiB are free; should it fail, lower micro_batch_size or data.seq_len, or set model.checkpoint=true"
 
 
-def rollout(model: Any, n: int, engine: Any) -> int:
-    """Bytes of the engine beside the model: a packed copy of the weights, and the cache, of which no more is made than all
-    samples at once can fill."""
+def rollout(model: Any, engine: Any, context: int) -> int:
+    """Bytes of an engine beside the model: a packed copy of the weights, and the cache, of which no more is made than twice
+    what all samples of `context` positions can fill (see InferenceEngine)."""
     shapes = [a.cache_shape() for a in model.attentions() if hasattr(a, "cache_shape")]
     position = 4 * sum(heads * (dk + dv) for heads, dk, dv in shapes)
-    useful = engine.max_running * 2 * model.position_limit * position if model.position_limit else float("inf")
-    return n * 4 + int(min(engine.cache_mb * 2**20, useful))
+    cache = min(engine.cache_mb * 2**20, engine.max_running * 2 * context * position)
+    return sum(p.numel() for p in model.parameters()) * 4 + cache
 
 
 def activations(model: Any, rows: int, precision: str) -> int:

@@ -157,10 +157,15 @@ class Session:
         copied = self.strategy.needs_reference and (
             cfg["reference"] == "copy" or (cfg["reference"] == "auto" and cfg["lora"] is None)
         )
-        rolls = self.engine if self.meta["kind"] == "prompts" else None
-        memory.preflight(
-            shapes, self.trainable, copied, rolls, self.device, world.size, self.precision, micro * data.seq_len
+        rolled = 0
+        if self.meta["kind"] == "prompts":
+            rolled = memory.rollout(shapes, self.engine, data.seq_len + cfg["strategy"].get("max_completion", 0))
+        rows = micro * data.seq_len
+        warning = memory.preflight(
+            shapes, self.trainable, copied, rolled, self.device, world.size, self.precision, rows
         )
+        if warning and world.rank == 0:
+            print(f"warning: {warning}", file=sys.stderr)
         self.model = initial.model(cfg, self.tokenizer.vocab_size, needed=self.strategy.needs_reference)
         self.start_sha256 = initial.fingerprint(cfg)
         initial.adapt(self.model, cfg)
