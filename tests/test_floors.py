@@ -46,6 +46,8 @@ FLOORS = {
     "etude.bench_steps": 4,
     "etude.bench_trl": 4,
     "etude.training": 4,
+    "etude.saving": 4,
+    "etude.summary": 4,
     "etude.preparing": 4,
     "etude.preview": 4,
     "etude.serve": 4,

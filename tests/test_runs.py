@@ -329,17 +329,23 @@ def test_limits(tmp_path: Path) -> None:
         "tokens": ["max_tokens=400"],
         "epochs": ["max_epochs=0.05"],
         "early": ["early_stopping=2", "optimizer.lr=0.0", "eval_every=1"],
+        "reached": ["stop_at=9", "eval_every=2"],
     }
     steps = {}
     for name, change in limits.items():
-        unlimited = [] if name == "early" else ["max_steps=null"]
+        unlimited = [] if "eval_every" in change[-1] else ["max_steps=null"]
         train(
             *tiny(tmp_path, runs_dir=tmp_path / name, eval_every="null", save_every="null", max_steps=50),
             *unlimited,
             *change,
         )
         steps[name] = metrics(run_in(tmp_path / name))[-1]["step"]
-    assert steps == {"tokens": 4, "epochs": 8, "early": 3}
+    assert steps == {"tokens": 4, "epochs": 8, "early": 3, "reached": 2}
+    run = run_in(tmp_path / "reached")
+    assert "reached stop_at=9" in (run / "summary.txt").read_text()
+    assert "stop_at=null" in train(f"resume={run}").stdout and metrics(run)[-1]["step"] == 2
+    train(f"resume={run}", "stop_at=null", "max_steps=4")
+    assert metrics(run)[-1]["step"] == 4
     done = train(
         *tiny(tmp_path, runs_dir=tmp_path / "time", max_steps="null", eval_every="null", save_every="null"),
         "max_minutes=0.02",

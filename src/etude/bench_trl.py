@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from etude import checkpoint
+from etude import checkpoint, saving
 from etude import config as conf
 from etude.bench_steps import Training, describe
 from etude.data.loader import ROUND, Batch, Batches
@@ -366,7 +366,9 @@ class TRL:
         ours, theirs, s = self.folder / "ours", self.folder / "theirs", self.session
         theirs.mkdir()
         tensors = weights.model_tensors(s.model)
-        checkpoint.save(ours, {"model.safetensors": tensors, "config.json": s.model_config(), **s.tokenizer.files()})
+        checkpoint.save(
+            ours, {"model.safetensors": tensors, "config.json": saving.model_config(s), **s.tokenizer.files()}
+        )
         with StopSignals() as signals:
             writer = convert.Writer(theirs, 2**32, torch.float32, signals)
             convert.to_hugging_face(ours, writer, self.cfg["trusted"])

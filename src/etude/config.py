@@ -51,6 +51,7 @@ class Train:
     sample_prompts: list[str] | None
     sample_tokens: int
     early_stopping: int | None
+    stop_at: float | None
     save_every: int | None
     keep: int
     dry_run: bool
@@ -66,7 +67,7 @@ class Train:
 # What a resumed run may change, when its new value is typed out; everything else is part of the run's identity.
 MAY_CHANGE = (
     "max_steps max_epochs max_tokens max_minutes micro_batch_size threads log_every eval_every eval_iters eval_batch_size "
-    "histogram_every sample_every sample_prompts sample_tokens early_stopping save_every keep runs_dir cache_dir progress "
+    "histogram_every sample_every sample_prompts sample_tokens early_stopping stop_at save_every keep runs_dir cache_dir progress "
     "trusted on_nonfinite parallel tracker data.workers data.prefetch"
 ).split()
 
@@ -335,6 +336,8 @@ def _check_train(cfg: dict) -> None:
                 f"{key}={cfg[key]} should be above 0"
                 + (" (null: never)" if key.endswith("_every") and key != "log_every" else "")
             )
+    if cfg["stop_at"] is not None and cfg["eval_every"] is None:
+        raise Refusal("stop_at is compared at evaluations, and eval_every=null makes none: set eval_every=<steps>")
     if cfg["keep"] < 2:
         raise Refusal(
             f"keep={cfg['keep']} is too few: with under 2 checkpoints a damaged one leaves nothing to fall back to"

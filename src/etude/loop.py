@@ -147,6 +147,8 @@ def fit(
                     "lr": optimizer.param_groups[0]["lr"],
                     "grad_norm": norm.item(),
                     "tokens": progress.tokens,
+                    "flops": progress.tokens * flops_per_token,
+                    "perf/seconds": progress.seconds,
                     "epoch": done / steps_per_epoch,
                     "batch": batch_hash(collected, world),
                     "perf/tokens_per_s": rate,
@@ -166,6 +168,8 @@ def fit(
                 patience = settings["early_stopping"]
                 if patience is not None and progress.bad_evals >= patience:
                     last = last or f"no better validation {name} for {patience} evaluations"
+                if reached(strategy, progress, settings["stop_at"]):
+                    last = last or f"validation {name} {progress.best:.4g} reached stop_at={settings['stop_at']}"
             if last:
                 values |= evaluate(True)
             if world.rank == 0:
@@ -203,6 +207,11 @@ def refresh(ref: nn.Module, model: nn.Module) -> None:
 def goal(strategy: Any) -> tuple[str, int]:
     """(metric of evaluations, 1 where the lowest is the best, -1 where the highest): the loss, unless the strategy says."""
     return getattr(strategy, "goal", ("loss", 1))
+
+
+def reached(strategy: Any, progress: Progress, stop_at: float | None) -> bool:
+    """Whether the best evaluation is as good as `stop_at`."""
+    return stop_at is not None and bool(progress.best_step) and goal(strategy)[1] * (progress.best - stop_at) <= 0
 
 
 def weigh(strategy: Any, collected: list[Batch]) -> list[float]:

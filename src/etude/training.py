@@ -1,13 +1,10 @@
 """From a checked config to a finished run: data, model, run folder, loop, summary."""
 
-import base64
 import contextlib
 import hashlib
 import json
 import math
-import random
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -260,150 +257,13 @@ class Session:
             self.tracker.text(step, f"sample/{i}", prompt + text)
         return pairs
 
-    def save(self, best: bool) -> None:
-        """A checkpoint of this moment; the other ranks wait until it is on disk."""
-        from etude import checkpoint, lora
-        from etude.model import weights
-
-        rollout = self.window.files(self.progress.step)
-        if self.world.rank == 0:
-            if self.cfg["lora"] is None:
-                tensors = {"model.safetensors": weights.model_tensors(self.model)}
-            else:
-                tensors = {"adapter.safetensors": lora.adapter_tensors(self.model)}
-            if getattr(self.strategy, "sync_interval", None) and self.ref is not None:
-                tensors["reference.safetensors"] = weights.model_tensors(self.ref)
-            folder = checkpoint.save(
-                self.checkpoints / f"step_{self.progress.step:08d}",
-                {
-                    **tensors,
-                    **rollout,
-                    "optimizer.safetensors": checkpoint.optimizer_tensors(self.model, self.optimizer),
-                    "state.json": self.state(),
-                    "config.json": self.model_config(),
-                    **self.tokenizer.files(),
-                },
-            )
-            self.whole.add(folder)
-            checkpoint.point(self.checkpoints, "last", folder)
-            if best:
-                checkpoint.point(self.checkpoints, "best", folder)
-            checkpoint.retain(self.checkpoints, self.cfg["keep"], self.whole)
-        self.world.broadcast(None)
-
-    def state(self) -> dict:
-        import dataclasses
-
-        import numpy as np
-        import torch
-
-        self.batches.sampler.step = self.window.data_step(self.progress.step)
-        pack = lambda value: base64.b64encode(value).decode()  # noqa: E731
-        return {
-            "progress": dataclasses.asdict(self.progress),
-            "sampler": self.batches.sampler.state_dict(),
-            "rng": {
-                "python": random.getstate(),
-                "numpy": [s if not isinstance(s, np.ndarray) else s.tolist() for s in np.random.get_state()],
-                "torch": pack(torch.get_rng_state().numpy().tobytes()),
-            },
-            "world_size": self.world.size,
-            "threads": torch.get_num_threads(),
-            "precision": self.precision,
-            "data_sha256": self.meta["sha256"],
-            "tokenizer_sha256": self.meta["tokenizer_sha256"],
-            "start_sha256": self.start_sha256,
-            "time": time.time(),
-        }
-
-    def model_config(self) -> dict:
-        from etude.model.weights import FORMAT
-
-        return {
-            "format": FORMAT,
-            "step": self.progress.step,
-            "vocab_size": self.model.vocab_size,
-            "model": self.cfg["model"],
-            "seq_len": self.data.seq_len,
-        } | ({} if self.cfg["lora"] is None else {"lora": self.cfg["lora"]})
-
     # ------------------------------------------------------------ from start to end
-
-    def restore(self) -> None:
-        """Take weights, optimizer and progress from the run's newest whole checkpoint. A run that was stopped before its
-        first checkpoint begins again."""
-        from etude import checkpoint, lora
-        from etude.model import weights
-
-        found = None
-        if self.world.rank == 0:
-            newest = checkpoint.newest(self.checkpoints, lambda text: print(f"warning: {text}", file=sys.stderr))
-            found = None if newest is None else str(newest)
-        if (found := self.world.broadcast(found)) is None:
-            if self.cfg["init_from"] is not None and self.start_sha256 is None:
-                raise Refusal(
-                    f"there is no checkpoint yet and {self.cfg['init_from']} is not there any more: bring it back"
-                )
-            return
-        folder = Path(found)
-        state = checkpoint.read(folder)
-        for name in ("data_sha256", "tokenizer_sha256"):
-            if state[name] != (now := self.meta[name.replace("data_", "")]):
-                what = name.removesuffix("_sha256")
-                raise Refusal(
-                    f"the {what} is not what this run was trained on (sha256 {state[name][:12]} then, {now[:12]} now)"
-                )
-        then = state.get("start_sha256")
-        if then != self.start_sha256 and self.strategy.needs_reference and self.cfg["lora"] is None:
-            raise Refusal(
-                f"{self.cfg['init_from']} is not what this run began with (sha256 of its weights {str(then)[:12]} then, {str(self.start_sha256)[:12]} now), so there is no reference; bring it back"
-            )
-        if self.cfg["lora"] is None:
-            weights.load_model(self.model, weights.tensors(folder, "model"))
-        else:
-            lora.load_adapter(self.model, weights.tensors(folder, "adapter"))
-        if self.ref is not None and (folder / "reference.safetensors").exists():
-            weights.load_model(self.ref, weights.tensors(folder, "reference"))
-        if (folder / "rollout.json").exists():
-            rest = weights.read_json(folder, "rollout.json")
-            self.window.restore(state["progress"]["step"], weights.tensors(folder, "rollout"), rest)
-        checkpoint.load_optimizer(self.model, self.optimizer, weights.tensors(folder, "optimizer"))
-        for name, value in state["progress"].items():
-            setattr(self.progress, name, value)
-        self.restore_rng(state)
-        self.warn_if_not_exact(state)
-
-    def restore_rng(self, state: dict) -> None:
-        """The generators' states and the sampler's. Nothing in the loop depends on them (see loop.key); what a user's own
-        part draws goes on as if it had never stopped."""
-        import numpy as np
-        import torch
-
-        try:
-            self.batches.sampler.load_state_dict(state["sampler"])
-        except ValueError as error:
-            raise Refusal(f"the order of the data would change: {error}") from None
-        version, internal, gauss = state["rng"]["python"]
-        random.setstate((version, tuple(internal), gauss))
-        kind, keys, *rest = state["rng"]["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"]["torch"])), dtype=torch.uint8))
-
-    def warn_if_not_exact(self, state: dict) -> None:
-        import torch
-
-        now = {"world_size": self.world.size, "threads": torch.get_num_threads(), "precision": self.precision}
-        for name, value in now.items():
-            if state[name] != value and self.world.rank == 0:
-                print(
-                    f"warning: {name} was {state[name]} and is {value}: the run goes on, but not bit for bit as it would have",
-                    file=sys.stderr,
-                )
 
     def run(self, overrides: list[str]) -> int:
         """Train to the end, evaluate, export and say what to type next. -> exit code."""
+        from etude import saving, summary
         from etude.display import Display
-        from etude.loop import fit, horizon
+        from etude.loop import fit, horizon, reached
         from etude.track import Jsonl, Trackers
 
         cfg, main = self.cfg, self.world.rank == 0
@@ -411,11 +271,16 @@ class Session:
         if self.strategy.needs_reference and cfg["reference"] == "cached":
             self.ref = self.cached_reference(display.say)
         if cfg["resume"] is not None:
-            self.restore()
+            saving.restore(self)
         limit = horizon(cfg, self.batches, self.window.iterations)
         if limit is not None and self.progress.step >= limit:
             display.say(
                 f"{self.folder} is complete: {self.progress.step} steps. To train on: python train.py resume={self.folder} max_steps={2 * self.progress.step}"
+            )
+            return 0
+        if reached(self.strategy, self.progress, cfg["stop_at"]):
+            display.say(
+                f"{self.folder} is complete: it reached stop_at. To train on: python train.py resume={self.folder} stop_at=null"
             )
             return 0
         self.tracker = Trackers(Jsonl(), {name: conf.build(node) for name, node in cfg["tracker"].items()})
@@ -426,10 +291,10 @@ class Session:
             else:
                 runs.note_resume(self.folder, cfg, overrides, self.progress.step)
             if cfg["lora"] is not None:
-                self.write_base()
+                saving.write_base(self)
             status.write()
             self.tracker.open(self.folder, cfg, self.progress.step)
-        display.say(self.start_summary(limit))
+        display.say(summary.at_start(self, limit))
         if cfg["compile"]:
             for model in (self.model, self.ref):
                 for block in getattr(model, "blocks", ()):
@@ -451,7 +316,7 @@ class Session:
                 tracker=self.tracker,
                 status=status,
                 display=display,
-                save=self.save,
+                save=lambda best: saving.save(self, best),
                 sample=self.sample,
                 evaluate=self.evaluate,
                 precision=self.precision,
@@ -459,10 +324,10 @@ class Session:
                 folder=self.folder,
             )
             if main:
-                self.export()
+                saving.export(self)
                 display.stop()
                 status.end("completed", self.progress.step)
-                text = self.end_summary(reason, status)
+                text = summary.at_end(self, reason, status)
                 status.summarize(text)
                 display.say("\n".join(text))
             return 0
@@ -497,102 +362,3 @@ class Session:
             world=self.world,
             say=say,
         )
-
-    def export(self) -> None:
-        """artifacts/export: what inference needs, of the checkpoint with the best validation loss (the last one where
-        none was evaluated)."""
-        import torch
-
-        from etude import checkpoint, lora
-        from etude.model import weights
-
-        best = self.checkpoints / "best"
-        source = best if best.exists() else self.checkpoints / "last"
-        tensors, config = {}, json.loads((source / "config.json").read_text())
-        if self.cfg["lora"] is None:
-            tensors = weights.tensors(source, "model")
-        else:
-            config.pop("lora")
-            tensors = weights.model_tensors(weights.from_pretrained(source, "cpu", torch.float32, self.cfg["trusted"]))
-            try:
-                files = lora.peft_files(self.model, weights.tensors(source, "adapter"), self.cfg["lora"])
-                checkpoint.save(self.folder / "artifacts" / "adapter", files)
-            except Refusal as error:  # a model that transformers does not have
-                print(f"note     there is no artifacts/adapter for PEFT: {error}")
-        checkpoint.save(
-            self.folder / "artifacts" / "export",
-            {"model.safetensors": tensors, "config.json": config, **self.tokenizer.files()},
-        )
-
-    def write_base(self) -> None:
-        """artifacts/base: the model under the adapters, which checkpoints then leave out."""
-        from etude import checkpoint, lora
-
-        folder = self.folder / "artifacts" / "base"
-        if not folder.exists():
-            config = {k: v for k, v in self.model_config().items() if k != "lora"}
-            checkpoint.save(
-                folder,
-                {"model.safetensors": lora.base_tensors(self.model), "config.json": config, **self.tokenizer.files()},
-            )
-
-    def start_summary(self, limit: int | None) -> str:
-        from etude import memory
-        from etude.display import count
-
-        meta, size, seq = self.meta, self.cfg["batch_size"], self.data.seq_len
-        n = sum(p.numel() for p in self.model.parameters())
-        flops = self.model.flops_per_token(seq)
-        rows = self.batches.sampler.micro_batch_size * seq
-        needed = 4 * n + 12 * self.trainable + memory.activations(self.model, rows, self.precision)
-        each = self.batches.tokens_per_sample
-        total = (
-            f"{limit:,} steps, {count(limit * size * each)} tokens" if limit else f"{self.cfg['max_minutes']} minutes"
-        )
-        samples = f"{size} x {seq}" if each == seq else f"{size} x {each:.0f} (at most {seq})"
-        accumulation = (
-            f" ({self.batches.micro_batches} micro-batches of {self.batches.sampler.micro_batch_size})"
-            if self.batches.micro_batches > 1
-            else ""
-        )
-        adapted = f" ({self.trainable:,} of them trained)" if self.trainable < n else ""
-        lines = [
-            f"run      {self.folder}" + (f", from step {self.progress.step}" if self.progress.step else ""),
-            f"model    {n:,} parameters{adapted}, {count(flops)}FLOP a token, about {needed / 2**20:,.0f} MiB to train",
-            f"data     {meta['files']} file{'s' * (meta['files'] > 1)} of {meta['source']}: {count(meta['train_tokens'])} + {count(meta['val_tokens'])} tokens of {meta['vocab_size']:,} kinds",
-            *(f"rows     {line}" for line in self.batches.accounts()),
-            f"train    {total}, {samples} tokens a step{accumulation}, {self.device.type} {self.precision}"
-            + (f", {self.world.size} processes" if self.world.size > 1 else ""),
-        ]
-        if "bigram_loss" in meta:
-            lines.append(f"baseline a bigram model's validation loss is {meta['bigram_loss']:.3f}")
-        return "\n".join(lines)
-
-    def end_summary(self, reason: str, status: runs.Status) -> list[str]:
-        from etude.loop import goal
-
-        metrics = status.fields["metrics"]
-        minutes, seconds = divmod(round(self.progress.seconds), 60)
-        name = goal(self.strategy)[0]
-        shown = (
-            f"loss     validation {metrics['val/full_loss']:.4f}"
-            if name == "loss"
-            else f"{name} {metrics[f'val/full_{name}']:.4f} in validation,"
-        )
-        lines = [
-            f"done     {reason}: {self.progress.step:,} steps, {self.progress.tokens:,} tokens in {minutes} min {seconds} s",
-            f"{shown} over the whole split"
-            + (f" ({metrics['val/full_bits_per_byte']:.3f} bits a byte)" if "val/full_bits_per_byte" in metrics else "")
-            + (f"; a bigram model's is {self.meta['bigram_loss']:.3f}" if "bigram_loss" in self.meta else ""),
-        ]
-        if self.progress.best_step:
-            lines.append(
-                f"best     step {self.progress.best_step}, validation {name} {self.progress.best:.4f} over the same {self.cfg['eval_iters'] or 'whole'} batches each time"
-            )
-        pairs = self.sample(self.progress.step)
-        for prompt, text in pairs:
-            lines += ["", f"--- sample after {prompt!r}", prompt + text]
-        if self.meta["kind"] == "text":
-            prompt = next((p for p in self.prompts if p.strip()), "")
-            return [*lines, "", f'generate: python generate.py ckpt={self.folder} prompt="{prompt}"']
-        return [*lines, "", f"talk:    python generate.py ckpt={self.folder} chat=true"]
