@@ -433,7 +433,8 @@ def check_all() -> list[str]:
     jobs: list[tuple[str, list[str]]] = [(script, []) for script in SCRIPTS]
     for path in sorted(p for p in CONF.rglob("*.yaml") if p.parent != CONF):
         group, choice = path.parent.relative_to(CONF), path.stem
-        if path.parent.with_suffix(".yaml").exists():  # conf/model/llama/1b.yaml is model=llama/1b
+        # conf/model/llama/1b.yaml is model=llama/1b; experiments may lie in folders
+        if path.parent.with_suffix(".yaml").exists() or group.parent.name == "experiment":
             group, choice = group.parent, f"{group.name}/{choice}"
         jobs.append(("train", choosing(str(group), choice)))
     # What a choice or a script cannot have a default for.

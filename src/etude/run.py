@@ -91,8 +91,11 @@ def redact_override(text: str) -> str:
     return f"{key}={redact(value, key.lstrip('+~'))}" if eq else text
 
 
-def write_metadata(folder: Path, config: dict, overrides: list[str], data: dict, device: str) -> None:
-    """meta/: the resolved config, overrides, command, git state, environment, packages, hashes of data and tokenizer."""
+def write_metadata(
+    folder: Path, config: dict, overrides: list[str], data: dict, model: dict[str, int], device: str
+) -> None:
+    """meta/: the resolved config, overrides, command, git state, environment, packages, size of the model, hashes of data
+    and tokenizer."""
     meta = folder / "meta"
     clean = redact(config)
     overrides = [redact_override(o) for o in overrides]
@@ -103,6 +106,7 @@ def write_metadata(folder: Path, config: dict, overrides: list[str], data: dict,
         shlex.join(["python", sys.argv[0], *map(redact_override, sys.argv[1:])]) + "\n", encoding="utf-8"
     )
     (meta / "data.json").write_text(json.dumps(data, indent=1))
+    (meta / "model.json").write_text(json.dumps(model, indent=1))
     git, diff = _git()
     (meta / "git.txt").write_text(git)
     (meta / "diff.patch").write_text(diff)

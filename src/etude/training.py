@@ -287,7 +287,7 @@ class Session:
         status = runs.Status(self.folder)
         if main:
             if cfg["resume"] is None:
-                runs.write_metadata(self.folder, cfg, overrides, self.meta, str(self.device))
+                runs.write_metadata(self.folder, cfg, overrides, self.meta, self.model_size(), str(self.device))
             else:
                 runs.note_resume(self.folder, cfg, overrides, self.progress.step)
             if cfg["lora"] is not None:
@@ -348,6 +348,19 @@ class Session:
             display.stop()
             if main:
                 self.tracker.close()
+
+    def model_size(self) -> dict[str, int]:
+        """For meta/model.json. Embedding and position tables count as embeddings, a tied head with them."""
+        n = self.model.n_params()
+        tables = [t.weight.numel() for t in (self.model.embed, self.model.pos_embed) if t is not None]
+        untied = self.model.head.weight is not self.model.embed.weight
+        return {
+            "params": n,
+            "params_trained": self.trainable,
+            "params_active": self.model.n_active(),
+            "params_non_embedding": n - sum(tables) - untied * self.model.head.weight.numel(),
+            "flops_per_token": self.model.flops_per_token(self.data.seq_len),
+        }
 
     def cached_reference(self, say: Callable[[str], None]) -> Any:
         """The log-probabilities that the model, still untrained, gives the data."""
