@@ -5,6 +5,8 @@ its own arguments, environment, folder and output, and is otherwise what `python
 signalled and waited for by its id. What depends on how Python itself is started has to start Python."""
 
 import atexit
+import gc
+import importlib
 import itertools
 import json
 import os
@@ -13,24 +15,40 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+MODULES = (
+    "etude.data.loader etude.data.mixture etude.data.rows etude.data.text etude.display etude.infer.engine etude.infer.guide "
+    "etude.infer.session etude.interop.convert etude.lora etude.loop etude.model.gqa etude.model.mla etude.model.moe etude.saving etude.strategy.dpo "
+    "etude.strategy.grpo etude.summary etude.training rich.live torch.utils.tensorboard"
+).split()
+
+
+def warm() -> None:
+    """What every script does before anything of its own: import, compose, read the constructors' sources."""
+    from hydra import compose, initialize_config_dir
+
+    import etude.run
+    from etude.config import CONF, check
+
+    for name in MODULES:
+        importlib.import_module(name)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for overrides in ([], ["strategy=grpo", "model=moe"]):
+            check(compose("train", overrides=overrides), "train")
+    etude.run.packages()
+    gc.collect()
+    gc.freeze()  # else the first collection in a child would write to, and so copy, all that it shares with this process
 
 
 def serve() -> dict[str, Any] | None:
     """Fork at each request; -> the request in the child, None at the end in the server."""
-    import hydra  # noqa: F401
-    import torch  # noqa: F401
-
-    import etude.infer.session
-    import etude.interop.convert
-    import etude.lora
-    import etude.training  # noqa: F401
-
+    warm()
     results: dict[int, str] = {}
 
     def reap(*_: Any) -> None:
@@ -155,12 +173,25 @@ def run(
     return subprocess.CompletedProcess(argv, process.returncode or 0, out, err)
 
 
+def end(code: object) -> None:
+    """What Python does at its end, but for taking every module apart: that would copy all memory shared with the server."""
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
 if __name__ == "__main__":
-    if (request := serve()) is not None:
-        try:
+    try:
+        if (request := serve()) is not None:
             become(request)
-        except SystemExit:
-            raise
-        except BaseException:
-            traceback.print_exc()
-            sys.exit(1)
+    except SystemExit as error:
+        end(error.code)
+    except BaseException:
+        traceback.print_exc()
+        end(1)
+    end(0)

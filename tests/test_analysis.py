@@ -1,5 +1,6 @@
 """Runs as tables and curves: from synthetic folders, whole and damaged."""
 
+import concurrent.futures
 import json
 import math
 import os
@@ -12,10 +13,12 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 from etude import analysis
+from etude.analysis import load
 from etude.errors import Refusal
 
 matplotlib.use("Agg")
@@ -175,7 +178,7 @@ def test_integers_stay_integers_beside_a_gap(tmp_path: Path) -> None:
 def test_curves_are_long_and_know_their_tokens(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     frame = analysis.curves(run)
-    assert list(frame.columns) == ["run", "step", "tokens", "name", "value"]
+    assert list(frame.columns) == ["run", "step", "tokens", "flops", "seconds", "name", "value"]
     val = frame[frame["name"] == "val/loss"]
     assert val[["step", "tokens", "value"]].values.tolist() == [[3, 384, 4.5], [6, 768, 4.6]]
     assert set(analysis.curves(run, "val/*")["name"]) == {"val/loss", "val/full_loss"}
@@ -185,7 +188,180 @@ def test_curves_are_long_and_know_their_tokens(tmp_path: Path) -> None:
 
 def test_curves_of_a_run_that_only_began_are_empty(tmp_path: Path) -> None:
     frame = analysis.curves(make_run(tmp_path / "run", lines=[]))
-    assert len(frame) == 0 and list(frame.columns) == ["run", "step", "tokens", "name", "value"]
+    assert len(frame) == 0 and list(frame.columns) == ["run", "step", "tokens", "flops", "seconds", "name", "value"]
+
+
+def test_gaps_in_tokens_flops_and_seconds_are_interpolated_by_steps(tmp_path: Path) -> None:
+    lines = [
+        {"step": 2, "val/loss": 6.0},  # before the first known: from 0 on
+        {"step": 4, "tokens": 400, "flops": 4e6, "perf/seconds": 8.0, "val/loss": 5.0},
+        {"step": 5, "val/loss": 4.0},
+        {"step": 8, "tokens": 1200, "flops": 8e6, "perf/seconds": 10.0},
+        {"step": 10, "val/loss": 3.0},  # after the last: at the last rate
+    ]
+    frame = analysis.curves(make_run(tmp_path / "a", lines=lines), "val/loss")
+    assert frame["tokens"].tolist() == [200, 400, 600, 1600]
+    assert frame["flops"].tolist() == [2e6, 4e6, 5e6, 10e6] and frame["seconds"].tolist() == [4, 8, 8.5, 11]
+    frame = analysis.curves(make_run(tmp_path / "b", lines=[{"step": 3, "val/loss": 1.0, "tokens": 30}]), "val/loss")
+    assert frame["tokens"].tolist() == [30] and frame[["flops", "seconds"]].isna().all(axis=None)
+    with pytest.raises(Refusal, match="no line of these runs says it"):
+        analysis.plot_curves(tmp_path / "b", "val/loss", x="flops")
+
+
+def test_smoothing_is_what_its_formulas_say(tmp_path: Path) -> None:
+    values = [4.0, 2.0, math.nan, 9.0, 3.0, math.inf, 1.0]
+    for run in "ab":
+        make_run(tmp_path / run, lines=[{"step": i, "train/loss": v} for i, v in enumerate(values, 1)])
+    points = analysis.curves(tmp_path, "train/loss")
+    b, s, expected = 0.8, 0.0, []
+    for t, x in enumerate([4.0, 2.0, 9.0, 3.0, 1.0], 1):  # Kingma and Ba's form of it
+        s = b * s + (1 - b) * x
+        expected.append(s / (1 - b**t))
+    found = analysis.smooth(points, ema=b)["value"].tolist()
+    assert math.isnan(found[2]) and math.isnan(found[5])
+    assert [v for v in found[:7] if not math.isnan(v)] == pytest.approx(expected)
+    assert [v for v in found[7:] if not math.isnan(v)] == pytest.approx(expected), "each run begins anew"
+    spiky = points.assign(value=[1, 1, 100, 1, 1, 1, 1] * 2)
+    assert analysis.smooth(spiky, median=3)["value"].tolist() == [1] * 14
+    assert analysis.smooth(points, ema=0.0)["value"].dropna().tolist() == [4, 2, 9, 3, 1] * 2
+    with pytest.raises(Refusal, match=r"smooth=1 is not in \[0, 1\)"):
+        analysis.smooth(points, ema=1)
+
+
+def test_a_run_is_judged_by_its_own_goal(tmp_path: Path) -> None:
+    lines = [{"step": i, "val/reward/mean": v, "val/loss": v} for i, v in enumerate([0.2, 0.9, 0.5], 1)]
+    make_run(tmp_path / "grpo", lines=[*lines, {"step": 4, "val/full_reward/mean": 0.4}], goal={"metric": "val/reward/mean", "mode": "max"})  # fmt: skip
+    make_run(tmp_path / "seq", lines=lines, minute=1)
+    df = analysis.load_runs(tmp_path)
+    assert df["goal"].tolist() == ["val/reward/mean", "val/loss"]
+    assert df["best"].tolist() == [0.9, 0.2] and df["best_step"].tolist() == [2, 1]
+    assert (df["min/val/reward/mean"] == 0.2).all() and (df["max/val/reward/mean"] == 0.9).all()
+    table = analysis.table(df.head(1))
+    assert table.loc[0, ["val reward/mean", "best val reward/mean"]].tolist() == [0.4, 0.9] and "val loss" not in table
+
+
+def test_size_computing_and_time_of_a_run(tmp_path: Path) -> None:
+    lines = [{"step": 1, "flops": 5e9, "tokens": 128, "perf/seconds": 2.0}]
+    run = make_run(tmp_path / "run", lines=lines, seconds=7.5)
+    (run / "meta/model.json").write_text(
+        '{"params": 1000, "params_active": 600, "params_non_embedding": 500, "flops_per_token": 9}'
+    )
+    (row,) = analysis.load_runs(run).to_dict("records")
+    assert (row["params"], row["params_active"], row["params_non_embedding"], row["flops_per_token"]) == (
+        1000,
+        600,
+        500,
+        9,
+    )
+    assert row["flops"] == 5e9 and row["seconds"] == 7.5, "spent training, not the time between start and end"
+
+
+def test_a_smoothed_line_has_its_raw_values_behind_it_and_evaluations_are_left_alone(tmp_path: Path) -> None:
+    lines = [{"step": i, "train/loss": float(v), "val/loss": float(v)} for i, v in enumerate([4, 2, 3], 1)]
+    figure = analysis.plot_curves(make_run(tmp_path / "a", lines=lines), ema=0.5)
+    shown = [[np.asarray(line.get_ydata()).tolist() for line in ax.lines] for ax in figure.axes]
+    assert shown == [[[4, 2, 3], pytest.approx([4, 8 / 3, 20 / 7])], [[4, 2, 3]]]
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Names of the runs that were read from their files, with a cache of the test's own."""
+    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path / "cache"))
+    seen: list[str] = []
+    row = load._row
+    monkeypatch.setattr(load, "_row", lambda run: (seen.append(run.name), row(run))[1])
+    return seen
+
+
+def old(folder: Path, seconds: int = 60) -> Path:
+    """As if nothing below had changed for a minute."""
+    for path in folder.rglob("*"):
+        then = path.stat().st_mtime - seconds
+        os.utime(path, (then, then))
+    return folder
+
+
+def test_a_run_is_read_once_until_it_changes(tmp_path: Path, counted: list[str]) -> None:
+    for i in range(3):
+        make_run(tmp_path / f"runs/{i}", with_changes(seed=i, x=None, y=[1, {"a": 2.5}]), minute=i)
+    old(tmp_path / "runs")
+    first = analysis.load_runs(tmp_path / "runs")
+    assert sorted(counted) == ["0", "1", "2"]
+    pd.testing.assert_frame_equal(analysis.load_runs(tmp_path / "runs"), first)
+    assert len(counted) == 3
+    with (tmp_path / "runs/1/logs/metrics.jsonl").open("a") as out:
+        out.write('{"step": 7, "val/loss": 1.25}\n')
+    assert analysis.load_runs(tmp_path / "runs")["best_val_loss"].tolist() == [4.5, 1.25, 4.5]
+    assert counted[3:] == ["1"]
+    analysis.load_runs(tmp_path / "runs")
+    assert counted[3:] == ["1", "1"], "written a moment ago: it may change again within the same tick of the clock"
+    analysis.load_runs(tmp_path / "runs", cached=False)
+    assert len(counted) == 8
+
+
+@pytest.mark.parametrize("damage", [
+    lambda f: f.write_bytes(f.read_bytes()[:-20]),
+    lambda f: f.write_bytes(f.read_bytes().replace(b"4.5", b"0.5")),
+    lambda f: f.write_bytes(b""),
+    lambda f: f.write_bytes(b"\xff\x00\n{}"),
+    lambda f: f.write_bytes(b"[" * 100_000),
+    lambda f: (f.unlink(), f.mkdir()),
+    lambda f: f.write_bytes(f.read_bytes().replace(b"runs of", b"runs or")),
+], ids=["cut", "a digit changed", "empty", "not text", "nested", "a folder", "foreign"])  # fmt: skip
+def test_a_damaged_cache_is_ignored(tmp_path: Path, counted: list[str], damage: Callable[[Path], Any]) -> None:
+    make_run(tmp_path / "runs/a")
+    old(tmp_path / "runs")
+    analysis.load_runs(tmp_path / "runs")
+    (file,) = (tmp_path / "cache/analysis").iterdir()
+    damage(file)
+    assert analysis.load_runs(tmp_path / "runs")["best_val_loss"].tolist() == [4.5]
+    assert counted == ["a", "a"]
+
+
+def test_a_cache_of_another_folder_or_of_other_code_is_ignored(
+    tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        old(make_run(tmp_path / name / "run", with_changes(seed=name)).parent)
+    analysis.load_runs(tmp_path / "a")
+    (file,) = (tmp_path / "cache/analysis").iterdir()
+    analysis.load_runs(tmp_path / "b")
+    (other,) = (f for f in file.parent.iterdir() if f != file)
+    other.write_bytes(file.read_bytes())
+    assert analysis.load_runs(tmp_path / "b")["config.seed"].tolist() == ["b"] and len(counted) == 3
+    monkeypatch.setattr(load, "_code", lambda: "other")
+    analysis.load_runs(tmp_path / "a")
+    assert len(counted) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, counted: list[str]) -> None:
+    make_run(tmp_path / "runs/a")
+    old(tmp_path / "runs")
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    assert len(analysis.load_runs(tmp_path / "runs")) == len(analysis.load_runs(tmp_path / "runs")) == 1
+    assert counted == ["a", "a"]
+
+
+def test_readers_at_the_same_time_all_see_everything(tmp_path: Path, counted: list[str]) -> None:
+    for i in range(20):
+        make_run(tmp_path / f"runs/{i:02}", with_changes(seed=i), minute=i)
+    old(tmp_path / "runs")
+
+    def read(_: int) -> list[int]:
+        return analysis.load_runs(tmp_path / "runs")["config.seed"].tolist()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(seeds == list(range(20)) for seeds in pool.map(read, range(24)))
+    (file,) = (tmp_path / "cache/analysis").iterdir()
+    counted.clear()
+    assert read(0) == list(range(20)) and not counted and file.name.endswith(".json"), "and left a whole cache behind"
+
+
+# ---------------------------------------------------------------- differences
 
 
 def test_config_diff_shows_only_what_differs(tmp_path: Path) -> None:

@@ -111,6 +111,10 @@ GOOD = [
     ("pairs", {"prompt": "q", "chosen": [A], "rejected": [B]}, Example([Q], [[A], [B]])),
     ("pairs", {"prompt": "q", "chosen": [S, Q, A], "rejected": [S, Q, B], "score_chosen": 9.0}, Example([S, Q], [[A], [B]])),
     ("pairs", {"prompt": "q", "chosen": "a", "rejected": shared(("gpt", "b"))}, Example([Q], [[A], [B]])),
+    ("labelled", {"prompt": "q", "completion": "a", "label": True}, Example("q", ["a"], {"labels": [True]})),
+    ("labelled", {"prompt": [S, Q], "response": A, "label": False, "id": 1}, Example([S, Q], [[A]], {"labels": [False]})),
+    ("labelled", {"prompt": "", "completion": "a", "label": True}, Example("", ["a"], {"labels": [True]})),
+    ("labelled", {"prompt": "q", "chosen": "a", "rejected": "b"}, Example("q", ["a", "b"], {"labels": [True, False]})),
     ("prompts", {"prompt": "q", "answer": 4, "tests": ["x"]}, Example("q", [], {"answer": 4, "tests": ["x"]})),
     ("prompts", {"question": "q", "answer": "4"}, Example("q", [], {"answer": "4"})),
     ("prompts", {"prompt": "p", "question": "q"}, Example("p", [], {"question": "q"})),
@@ -175,8 +179,8 @@ def test_keys_by_another_name(kind: str, row: dict[str, Any], rename: dict[str, 
 
 def test_tables_fit_together() -> None:
     """Every format has keys and a kind, every kind a strategy; formats and kinds are the documented ones."""
-    assert KINDS == ("text", "chats", "pairs", "prompts", "groups")
-    assert set(FORMATS) == {"auto", "text", "messages", "sharegpt", "alpaca", "completion", "preference", "prompt", "group"}  # fmt: skip
+    assert KINDS == ("text", "chats", "pairs", "labelled", "prompts", "groups")
+    assert set(FORMATS) == {"auto", "text", "messages", "sharegpt", "alpaca", "completion", "preference", "labelled", "prompt", "group"}  # fmt: skip
     assert STRATEGIES.keys() == set(KINDS) and CALLED.keys() == set(KEYS)
     assert {f for formats in TAKES.values() for f in formats} == set(KEYS) == set(FORMATS) - {"auto"}
 
@@ -197,7 +201,7 @@ def test_formats_that_there_are_not() -> None:
 # ---------------------------------------------------------------- mistakes
 
 LONE = "ab\ud83d"
-KTO = "label says whether the completion is good (KTO), which is not supported: make pairs of the rows with the same prompt, the true one chosen and the false one rejected, for data=pairs strategy=dpo"
+KTO = "label says whether the completion is good: use data=labelled strategy=kto"
 BAD = [
     ("chats", {"messages": [Q, {"role": "assistant", "content": None}]}, "messages[1].content is null"),
     ("chats", {"messages": [Q, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]}, "messages[1] has tool calls, which are not supported here: leave such chats out"),
@@ -286,7 +290,15 @@ BAD = [
     ("groups", {"prompt": "q", "chosen": "a", "rejected": "b"}, "the row lacks keys for data=groups; keys found: prompt, chosen, rejected; keys expected: prompt + completions + rewards, prompt + responses + rewards; this is a preference row: use data=pairs strategy=dpo, or name the keys with data.rename={prompt: ..., completions: ..., rewards: ...}"),
     ("chats", {"prompt": "q", "completions": ["a", "b"], "rewards": [1, 2]}, "the row lacks keys for data=chats; keys found: prompt, completions, rewards; keys expected: messages, conversations, conversation, prompt + completion, prompt + response, question + answer, instruction + output, text; this is a group of completions with rewards: use data=groups strategy=grpo, or name the keys with data.rename={messages: completions}"),
     ("chats", {"prompt": "q", "completion": "a", "label": False}, f"{KTO}, or train on all of them alike with data.format=completion"),
-    ("pairs", {"prompt": [Q], "completion": [A], "label": True}, f"the row lacks keys for data=pairs; keys found: prompt, completion, label; keys expected: chosen + rejected; {KTO}"),
+    ("pairs", {"prompt": [Q], "completion": [A], "label": True}, "the row lacks keys for data=pairs; keys found: prompt, completion, label; keys expected: chosen + rejected; this is a labelled completion: use data=labelled strategy=kto, or name the keys with data.rename={chosen: ..., rejected: ...}"),
+    ("chats", {"prompt": "q", "response": "a", "label": True}, f"{KTO}, or train on all of them alike with data.format=completion"),
+    ("groups", {"prompt": "q", "completion": "a", "label": True}, "the row lacks keys for data=groups; keys found: prompt, completion, label; keys expected: prompt + completions + rewards, prompt + responses + rewards; this is a labelled completion: use data=labelled strategy=kto, or name the keys with data.rename={prompt: ..., completions: ..., rewards: ...}"),
+    ("labelled", {"prompt": "q", "completion": "a", "label": 1}, "label is a number; it should be true where the completion is good, else false"),
+    ("labelled", {"prompt": "q", "completion": "a", "label": "good"}, "label is a string; it should be true where the completion is good, else false"),
+    ("labelled", {"prompt": "q", "completion": "a", "label": None}, "label is null; it should be true where the completion is good, else false"),
+    ("labelled", {"prompt": "q", "completion": "", "label": True}, "completion is empty"),
+    ("labelled", {"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same: there is nothing to prefer"),
+    ("labelled", {"prompt": "q", "completion": "a"}, "the row lacks keys for data=labelled; keys found: prompt, completion; keys expected: prompt + completion + label, prompt + response + label, chosen + rejected; this is a prompt with a completion: use data=chats strategy=sft, or name the keys with data.rename={prompt: ..., completion: ..., label: ...}"),
     # Rows without the keys: what there is, what there should be, and what to type.
     ("text", {"content": "x", "id": 5}, "the row lacks keys for data=text; keys found: content, id; keys expected: text; name the keys with data.rename={text: content}"),
     ("text", {"Text": "x"}, "the row lacks keys for data=text; keys found: Text; keys expected: text; did you mean text? Type data.rename={text: Text}"),

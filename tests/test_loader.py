@@ -31,7 +31,7 @@ from etude.data.mixture import Mixture
 from etude.data.order import Mixed, Order, proportions
 from etude.data.pack import pack
 from etude.data.prepare import Preparation, Prepared, cached, open_prepared, prepare
-from etude.data.rows import Chats, Groups, Pairs, Prompts
+from etude.data.rows import Chats, Groups, Labelled, Pairs, Prompts
 from etude.data.store import Memory
 from etude.data.stored import H5, Bin
 from etude.data.text import Stdlib, Text
@@ -50,6 +50,7 @@ NODES: dict[str, tuple[type, dict[str, Any]]] = {
     "text": (Text, PLAIN),
     "chats": (Chats, MADE | dict(layout="packed", overlong="right", order="shuffle", train_on="assistant")),
     "pairs": (Pairs, MADE | dict(layout="documents", overlong="right", order="shuffle")),
+    "labelled": (Labelled, MADE | dict(layout="documents", overlong="right", order="shuffle")),
     "prompts": (Prompts, MADE | dict(layout="documents", overlong="drop", order="shuffle")),
     "groups": (Groups, MADE | dict(layout="documents", overlong="drop", order="shuffle")),
 }
@@ -82,13 +83,16 @@ def conversation(rng: random.Random, longest: int = 60) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of every kind: a text, texts, chats, preferences, prompts and groups."""
+    """Files of every kind: a text, texts, chats, preferences, labelled answers, prompts and groups."""
     folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
     (folder / "text.txt").write_text("\n\n".join(varied_text(400, i) for i in range(40)))
     lines(folder / "texts.jsonl", [{"text": sentences(rng, 90)} for _ in range(150)])
     lines(folder / "chats.jsonl", [conversation(rng) for _ in range(300)])
     pair = ("prompt", "chosen", "rejected")
     lines(folder / "pairs.jsonl", [{k: sentences(rng, 25) + k for k in pair} for _ in range(120)])
+    other, one = random.Random(1), ("prompt", "completion")
+    judged = [{k: sentences(other, 25) + k for k in one} | {"label": other.random() < 0.5} for _ in range(120)]
+    lines(folder / "labelled.jsonl", judged)
     prompts = [{"prompt": sentences(rng, 40), "answer": i, "more": {"é": [None, 0.5]}} for i in range(90)]
     lines(folder / "prompts.jsonl", prompts)
     lines(folder / "groups.jsonl", [group(rng, sentences(rng, 25)) for _ in range(90)])
@@ -177,9 +181,10 @@ def handmade(
     masks: list[list[int]] | None = None,
     fields: list[Any] | None = None,
     rewards: list[list[float]] | None = None,
+    labels: list[int] | None = None,
 ) -> Prepared:
-    """Documents of these ids, of which `masks` says what are targets, as both splits; `rewards` are a list for each group.
-    Id 0 is the end token."""
+    """Documents of these ids, of which `masks` says what are targets, as both splits; `rewards` are a list for each group,
+    `labels` a number for each document. Id 0 is the end token."""
     arrays: dict[str, Any] = {
         "tokens": np.array(list(itertools.chain(*documents)), dtype=np.uint32),
         "ends": np.cumsum([len(d) for d in documents], dtype=np.int64),
@@ -193,6 +198,8 @@ def handmade(
     if rewards is not None:
         arrays["rewards"] = np.array(list(itertools.chain(*rewards)), dtype=np.float32)
         arrays["groups_ends"] = np.cumsum([len(r) for r in rewards], dtype=np.int64)
+    if labels is not None:
+        arrays["labels"] = np.array(labels, dtype=np.uint8)
     meta = {"kind": kind, "source": "by hand", "files": 1, "vocab_size": 10**6, "eos": 0, "dropped": {}}
     meta |= {f"{split}_tokens": len(arrays["tokens"]) for split in ("train", "val")}
     store = Memory({f"{split}/{name}": [a] for split in ("train", "val") for name, a in arrays.items()})
@@ -385,6 +392,25 @@ def test_a_prompt_that_fills_the_window_leaves_no_group() -> None:
         Documents(prepared, "train", node("groups", "unused", seq_len=6, overlong="drop"))
     with pytest.raises(Refusal, match="document 1 of the train split has 20 tokens and data.seq_len=16"):
         Documents(prepared, "train", node("groups", "unused", seq_len=16, overlong="error"))
+
+
+@pytest.mark.parametrize("overlong", ["right", "left", "drop"])
+def test_answers_keep_their_labels(overlong: str) -> None:
+    """Also where others are dropped: those without a target, and overlong ones."""
+    documents = numbered([5, 30, 4, 9, 12, 3])
+    masks = [[0] + [1] * (len(d) - 1) for d in documents]
+    masks[2] = [0] * 4
+    labels = [1, 0, 1, 1, 0, 0]
+    data = Documents(
+        handmade("labelled", documents, masks, labels=labels), "train", node("labelled", "unused", seq_len=16, overlong=overlong)
+    )  # fmt: skip
+    kept = [i for i in range(6) if i != 2 and not (i == 1 and overlong == "drop")]
+    assert len(data) == len(kept) and data.dropped["no target"] == 1
+    batch = data.__getitems__(list(range(len(data))))
+    assert batch["labels"].tolist() == [bool(labels[i]) for i in kept]
+    assert [row[0].item() for row in batch["tokens"]][2:] == [documents[i][0] for i in kept][2:]
+    good = sum(labels[i] for i in kept)
+    assert data.spread() == f": {good} desirable, {len(kept) - good} undesirable"
 
 
 def test_groups_that_do_not_fit_the_documents_are_refused() -> None:
@@ -636,7 +662,7 @@ def rows_of(batch: Batch) -> list[int]:
 
 
 WORLD = types.SimpleNamespace(sum=lambda values: values)
-STEPS = 300
+STEPS = 100  # more than an epoch of each
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
@@ -665,7 +691,7 @@ def test_batches_are_the_same_however_they_are_read(make: Callable[..., Any], fo
             steps += 1
         assert steps == STEPS
 
-    for start in (1, 37, 150, STEPS - 1):
+    for start in (1, 37, 60, STEPS - 1):
         fresh = reader(make(folder, workers=start % 2), prepared, micro_batch_size=4)
         state = json.loads(json.dumps(plain.sampler.state_dict() | {"step": start}))
         fresh.sampler.load_state_dict(state)
@@ -821,7 +847,7 @@ def test_samples_of_several_sources_in_one_batch(folder: Path) -> None:
     assert "doc_ids" not in train.__getitems__([0, 1])
 
 
-@pytest.mark.parametrize("kind", ["pairs", "prompts", "groups"])
+@pytest.mark.parametrize("kind", ["pairs", "labelled", "prompts", "groups"])
 def test_mixed_rows_stay_together(kind: str, folder: Path) -> None:
     """A pair's two rows, a group's completions and rewards, and a prompt's fields, where a batch has samples of several
     sources."""
@@ -843,7 +869,9 @@ def test_mixed_rows_stay_together(kind: str, folder: Path) -> None:
     for i, single in enumerate(singles):
         for r in range(sizes[i]):
             valid = single["doc_ids"][r] >= 0
-            for name in batch.keys() - {"fields", "group", "rewards"}:
+            if kind == "labelled":
+                assert batch["labels"][at] == single["labels"][r]
+            for name in batch.keys() - {"fields", "group", "rewards", "labels"}:
                 row = batch[name][at]
                 assert row[: len(valid)][valid].tolist() == single[name][r][valid].tolist()
             assert int((batch["doc_ids"][at] >= 0).sum()) == int(valid.sum())
@@ -1017,7 +1045,7 @@ def alike(a: Any, b: Any) -> bool:
     return torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)) if isinstance(a, Tensor) else a == b
 
 
-@pytest.mark.parametrize("kind", ["text", "chats", "pairs", "prompts", "groups"])
+@pytest.mark.parametrize("kind", ["text", "chats", "pairs", "labelled", "prompts", "groups"])
 def test_prepared_file_gives_the_batches_of_the_rows(kind: str, folder: Path, tmp_path: Path) -> None:
     """data=h5 of a file made by prepare.py is training on what it was made of, down to the order."""
     direct = windows(folder) if kind == "text" else node(kind, folder / f"{kind}.jsonl")

@@ -73,6 +73,10 @@ def pairs(n: int) -> list[dict]:
     return [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(n)]
 
 
+def labelled(n: int) -> list[dict]:
+    return [{"prompt": f"say {i}", "completion": f"yes {i}", "label": i % 3 == 0} for i in range(n)]
+
+
 def prompts(n: int) -> list[dict]:
     return [{"prompt": f"what is {i} + 1?", "answer": f"{i + 1}", "level": i % 3} for i in range(n)]
 
@@ -92,6 +96,7 @@ ROWS: dict[str, Callable[[int], list[dict]]] = {
     "text": lambda n: [{"text": t} for t in texts(n)],
     "chats": chats,
     "pairs": pairs,
+    "labelled": labelled,
     "prompts": prompts,
     "groups": groups,
 }
@@ -453,12 +458,13 @@ def test_processes_and_units_change_nothing(tmp_path: Path, monkeypatch: pytest.
             assert found.meta == whole.meta and left_beside(target) == []
 
 
-@pytest.mark.parametrize("kind", ["chats", "pairs", "prompts", "groups"])
+@pytest.mark.parametrize("kind", ["chats", "pairs", "labelled", "prompts", "groups"])
 def test_processes_and_units_change_no_row(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets, fields and rewards too, with rows that fall out in either pass."""
     bad = {
         "chats": {"messages": []},
         "pairs": {"chosen": "a", "rejected": "a"},
+        "labelled": {"prompt": "a", "completion": "b", "label": 1},
         "prompts": {"prompt": ""},
         "groups": {"prompt": "a", "completions": ["a"], "rewards": [1]},
     }[kind]
@@ -852,8 +858,8 @@ def test_a_cut_at_the_border_of_a_piece(sizes: list[int], tmp_path: Path, monkey
 
 
 def test_rows_are_not_cut(tmp_path: Path) -> None:
-    """split=position of chats, pairs, prompts and groups: whole rows, the last ones by their characters."""
-    for kind in ("chats", "pairs", "prompts", "groups"):
+    """split=position of all but text: whole rows, the last ones by their characters."""
+    for kind in ("chats", "pairs", "labelled", "prompts", "groups"):
         path = write(tmp_path / f"{kind}.jsonl", jsonl(ROWS[kind](100)))
         ready = prepared(path, tmp_path / f"{kind}.h5", kind=kind, split="position", val_fraction=0.2)
         every = n_documents(ROWS[kind](100))
@@ -1138,6 +1144,7 @@ def in_cache(tmp_path: Path) -> Prepared:
         ("text", "seq", "packed.jsonl.gz", None),
         ("chats", "sft", "groups.parquet", "⟦it is {i}é.<|im▁end|>⟧"),
         ("pairs", "dpo", "pretty.json", "⟦yes {i}<|end▁of▁sentence|>⟧"),
+        ("labelled", "kto", "pretty.json", "⟦yes {i}<|end▁of▁sentence|>⟧"),
         ("prompts", "grpo", "packed.jsonl.zst", "what is {i} + 1?"),
         ("groups", "grpo", "packed.json.gz", "⟦no {i}<|end▁of▁sentence|>⟧"),
     ],
@@ -1165,6 +1172,10 @@ def test_dry_run(kind: str, strategy: str, name: str, targets: str | None, tmp_p
     assert sum(meta["dropped"].values()) == len(bad)
     if bad:
         assert f"{len(bad)} left out: the row lacks keys for data={kind}" in done.out
+    if kind == "labelled":
+        assert re.search(r"sample 0, (un)?desirable, document 0: \d+ tokens", done.out)
+        n = [int(x) for x in re.findall(r"(\d+) (?:un)?desirable", done.out.rpartition("rows  ")[2])]
+        assert sum(n) == meta["train_documents"] and n[0] < n[1]
     if kind == "groups":
         assert re.search(r"sample 0, completion 0, (reward (-2.25|0.5)|no reward), document 0: \d+ tokens, ", done.out)
         assert re.search(r"sample 1, completion 1, (reward 3|no reward), document 0: ", done.out)

@@ -149,7 +149,7 @@ def test_a_hostile_export_is_refused_before_anything_is_imported(finished: Path,
 
 
 def test_multirun_gives_isolated_folders(tmp_path: Path) -> None:
-    """Two models and two seeds: four folders under one sweep, each a whole run; a job that fails costs only itself."""
+    """Two models and two seeds in one process: each a whole run under one sweep; one that is refused costs only itself."""
     overrides = [
         o
         for o in tiny(tmp_path, max_steps=2, eval_every="null", save_every="null")
@@ -157,6 +157,7 @@ def test_multirun_gives_isolated_folders(tmp_path: Path) -> None:
     ]
     done = train(
         "-m",
+        "hydra/launcher=basic",
         *overrides,
         "model.attn.n_heads=2,3",
         "model.attn.n_kv_heads=null",
@@ -291,12 +292,12 @@ def test_a_nan_stops_every_rank_before_the_update(tmp_path: Path, layout: list[s
     path = f"{ROOT / 'src'}{os.pathsep}{tmp_path}"
     done = train(*tiny(tmp_path, max_steps=8, eval_every="null", save_every=2), *given, check=False, PYTHONPATH=path)
     assert done.returncode == 5, done.stderr
-    assert "step 4" in done.stderr and "on_nonfinite=skip" in done.stderr
+    assert "step 5" in done.stderr and "on_nonfinite=skip" in done.stderr
     run = run_in(tmp_path / "runs")
     assert json.loads((run / "status.json").read_text())["status"] == "failed"
     weights = load_file(run / "artifacts" / "checkpoints" / "last" / "model.safetensors")
     assert all(torch.isfinite(t).all() for t in weights.values())
-    dumped = json.loads((run / "logs" / "nonfinite_step_4_rank_0.json").read_text())
+    dumped = json.loads((run / "logs" / "nonfinite_step_5_rank_0.json").read_text())
     assert len(dumped["tokens"][0]) == (2 if layout else 4)
     train(
         *tiny(tmp_path, max_steps=8, eval_every="null", runs_dir=tmp_path / "skip"),
@@ -308,16 +309,20 @@ def test_a_nan_stops_every_rank_before_the_update(tmp_path: Path, layout: list[s
 
 
 def test_a_failing_tracker_changes_nothing(tmp_path: Path) -> None:
+    """One that raises and one that sleeps: a warning each, weights and losses to the bit, and an end in time."""
     (tmp_path / "conf" / "tracker").mkdir(parents=True)
     (tmp_path / "bad.py").write_text(
-        "class Bad:\n    def open(self, folder, config, start_step): pass\n    def scalars(self, step, values): raise OSError('no route')\n    def close(self): pass\n"
+        "import time\n\nclass Bad:\n    def open(self, folder, config, start_step): pass\n    def scalars(self, step, values): raise OSError('no route')\n    def close(self): pass\n\nclass Slow(Bad):\n    def __init__(self, *, timeout: float): pass\n    def scalars(self, step, values): time.sleep(300)\n"
     )
-    (tmp_path / "conf" / "tracker" / "bad.yaml").write_text("bad:\n  _target_: bad.Bad\n")
+    (tmp_path / "conf" / "tracker" / "bad.yaml").write_text(
+        "bad:\n  _target_: bad.Bad\nslow:\n  _target_: bad.Slow\n  timeout: 3.0\n"
+    )
     path = f"{ROOT / 'src'}{os.pathsep}{tmp_path}"
     train(*tiny(tmp_path))
     overrides = [o for o in tiny(tmp_path, runs_dir=tmp_path / "bad") if not o.startswith("tracker")]
     done = train(f"--config-dir={tmp_path / 'conf'}", *overrides, "tracker=bad", "trusted=[etude,bad]", PYTHONPATH=path)
     assert done.stderr.count("tracker bad failed") == 1 and "no route" in done.stderr
+    assert done.stderr.count("tracker slow failed") == 1
     from running import identity
 
     assert identity(run_in(tmp_path / "bad")) == identity(run_in(tmp_path / "runs"))

@@ -27,6 +27,7 @@ from etude.text import tokenizer as tok
 STREAMS = {
     "chats": synthetic.chats,
     "pairs": synthetic.pairs,
+    "labelled": synthetic.labelled,
     "prompts": synthetic.prompts,
     "groups": synthetic.groups,
     "texts": synthetic.texts,
@@ -167,6 +168,16 @@ def test_pairs() -> None:
     assert wordy == pytest.approx(N / 3, rel=0.15)
 
 
+def test_labelled_answers() -> None:
+    """The label says whether the answer is the one that a second computation finds; half are good."""
+    right = 0
+    for row in synthetic.labelled(N, 3):
+        answer = row["completion"][0]["content"]
+        assert row["label"] == (answer == solve(row["prompt"][-1]["content"])), row
+        right += row["label"]
+    assert 0.45 < right / N < 0.55
+
+
 def test_groups() -> None:
     """Three to six completions, the right ones with reward 1 and the wrong ones with 0, both in every group."""
     sizes: Counter[int] = Counter()
@@ -207,13 +218,16 @@ def test_questions_of_arithmetic_come_once(digits: int, operations: list[str]) -
 
 def test_kinds_ask_the_same() -> None:
     """Row i of each kind is about one question; what is right is the answer that the reward looks for."""
-    made = [list(synthetic.arithmetic(kind, 200, 1, 2, ALL)) for kind in ("chats", "pairs", "prompts", "groups")]
-    for talk, pair, prompt, group in zip(*made):
-        assert talk["prompt"] == pair["prompt"] == prompt["prompt"] == group["prompt"]
+    kinds = ("chats", "pairs", "labelled", "prompts", "groups")
+    made = [list(synthetic.arithmetic(kind, 200, 1, 2, ALL)) for kind in kinds]
+    for talk, pair, one, prompt, group in zip(*made):
+        assert talk["prompt"] == pair["prompt"] == one["prompt"] == prompt["prompt"] == group["prompt"]
+        assert one["label"] == (one["completion"][0]["content"] == prompt["answer"])
         answer = [{"role": "assistant", "content": prompt["answer"]}]
         assert talk["completion"] == pair["chosen"] == answer != pair["rejected"]
         assert group["rewards"] == [float(c == prompt["answer"]) for c in group["completions"]]
         assert set(group["rewards"]) == {0.0, 1.0}
+    assert 70 < sum(one["label"] for one in made[2]) < 130
 
 
 def test_these_questions_stay() -> None:
@@ -352,7 +366,7 @@ def test_texts() -> None:
 
 @pytest.mark.parametrize(
     "kind, stream",
-    [("chats", "chats"), ("pairs", "pairs"), ("prompts", "prompts"), ("groups", "groups"), ("text", "texts")],
+    [(k, k) for k in ("chats", "pairs", "labelled", "prompts", "groups")] + [("text", "texts")],
 )
 def test_rows_are_read_as_they_are_meant(kind: str, stream: str) -> None:
     """The reader of users' rows takes them for what they are, without being told."""
@@ -360,6 +374,8 @@ def test_rows_are_read_as_they_are_meant(kind: str, stream: str) -> None:
         example = normalise(row, kind, "auto", {})
         if kind == "pairs":
             assert [a[-1]["content"] for a in example.answers] == [row[k][0]["content"] for k in ("chosen", "rejected")]
+        if kind == "labelled":
+            assert example.fields == {"labels": [row["label"]]}
         if kind == "prompts":
             assert example.fields == {"answer": row["answer"], "task": row["task"]}
 

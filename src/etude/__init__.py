@@ -1,3 +1,3 @@
 """Étude: an experiment repository for language models."""
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"

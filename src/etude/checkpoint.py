@@ -3,7 +3,6 @@
 step_00000500/ holds model.safetensors (adapter.safetensors of a LoRA run), optimizer.safetensors, state.json, config.json, tokenizer.json and, written
 last, manifest.json with the size and sha256 of each. It is made under another name, synced to disk and renamed."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,9 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from etude.errors import Refusal, StorageFault
+from etude.manifest import MANIFEST, fault, sha256, steps
 from etude.model import weights
-
-MANIFEST = "manifest.json"
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -79,44 +77,12 @@ def save(folder: Path, files: dict[str, dict[str, Tensor] | dict | str]) -> Path
     return folder
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's folder, in words; None if every file is as the manifest says."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} is unreadable ({error})"
-    if not isinstance(manifest, dict) or not {"model.safetensors", "adapter.safetensors"} & manifest.keys():
-        return f"{MANIFEST} does not list model.safetensors"
-    for name, wanted in manifest.items():
-        path = folder / name
-        try:
-            if (size := path.stat().st_size) != wanted["size"]:
-                return f"{name} has {size} bytes instead of {wanted['size']}"
-            if sha256(path) != wanted["sha256"]:
-                return f"{name} has another sha256 than when it was written"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-    return None
-
-
-def steps(checkpoints: Path) -> list[Path]:
-    """The step folders, oldest first."""
-    return sorted(p for p in checkpoints.glob("step_*") if p.is_dir() and not p.is_symlink())
 
 
 def newest(

@@ -1,17 +1,18 @@
 """The scripts' way in: compose the config, check it, run, and turn what went wrong into one line and an exit code."""
 
 import errno
+import json
 import os
 import re
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from etude.config import CONF, check, groups
-from etude.errors import EtudeError, Interrupted, Refusal, StorageFault
+from etude.errors import EtudeError, Interrupted, JobFailed, Refusal, StorageFault
+from etude.redact import scrub
 from etude.signature import did_you_mean
 
 # Values that are free text: quoted for Hydra's grammar on the way in, so that a prompt may hold any character.
@@ -28,6 +29,7 @@ TEXT_KEYS = (
     "to",
     "system",
     "resume",
+    "reproduce.run",
     "against",
     "compare",
     "compare_pattern",
@@ -36,6 +38,8 @@ TEXT_KEYS = (
     "separator",
     "data.separator",
     "runs_dir",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
     "cache_dir",
     "host",
     "key_file",
@@ -48,7 +52,7 @@ def main(script: str) -> Callable[[Callable[[dict], int | None]], Callable[[], N
     """Decorates `f(cfg: dict) -> exit code`: composes conf/<script>.yaml with the command line, checks it, calls f.
 
     What the user can act on is printed as one line to stderr and becomes the exit code. In a multirun every job runs,
-    and the exit code is the first one that is not 0."""
+    gives its run's metrics to the sweeper, and the exit code is the first one that is not 0."""
 
     def decorate(task: Callable[[dict], int | None]) -> Callable[[], None]:
         def run() -> None:
@@ -62,30 +66,53 @@ def main(script: str) -> Callable[[Callable[[dict], int | None]], Callable[[], N
 def _run(script: str, task: Callable[[dict], int | None]) -> int:
     import hydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the one line below is ours
-    OmegaConf.register_new_resolver("sweep_dir", _claim_sweep, use_cache=True, replace=True)
     sys.argv[1:] = flags_first([quote(a) for a in sys.argv[1:]])
     codes: list[int] = []
 
-    def job(cfg: Any) -> None:
+    def job(cfg: Any) -> dict[str, Any]:
         code = guard(lambda: task(check(cfg, script)))
         codes.append(code)
         if code == Interrupted.code:
             raise KeyboardInterrupt  # the rest of a sweep was not asked for any more
+        return _outcome(code)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=script)(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        print(_hydra_line(error, script), file=sys.stderr)
+        print(scrub(_hydra_line(error, script)), file=sys.stderr)
         return Refusal.code
+    except EtudeError as error:  # a sweeper's or a launcher's; a job's own are printed where it runs
+        return _told(error)
     except KeyboardInterrupt:
         return Interrupted.code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     return next((c for c in codes if c), 0)
+
+
+def _outcome(code: int) -> dict[str, Any]:
+    """In a multirun, what the job gives its sweeper: the run's last metrics by name. Raises JobFailed for another code
+    than 0, which launchers carry home from other processes."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return {}
+    if code:
+        raise JobFailed(f"job {hydra.job.num} ended with exit code {code}", code)
+    written = Path(hydra.sweep.dir).glob(f"{hydra.job.num}_*/status.json")
+    newest = max(written, key=lambda p: p.stat().st_mtime, default=None)
+    return json.loads(newest.read_text()).get("metrics", {}) if newest else {}
+
+
+def _told(error: EtudeError) -> int:
+    """Print an error as one line; -> its exit code."""
+    print(scrub(f"{'stopped' if error.code == Interrupted.code else 'error'}: {error}"), file=sys.stderr)
+    return error.code
 
 
 def guard(action: Callable[[], int | None], quiet: bool = False) -> int:
@@ -94,20 +121,18 @@ def guard(action: Callable[[], int | None], quiet: bool = False) -> int:
     try:
         return action() or 0
     except EtudeError as error:
-        if not quiet:
-            print(f"{'stopped' if error.code == Interrupted.code else 'error'}: {error}", file=sys.stderr)
-        return error.code
+        return error.code if quiet else _told(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return Interrupted.code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES):
-            traceback.print_exc()
+            print(scrub(traceback.format_exc()), file=sys.stderr)
             return 1
-        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        print(scrub(f"error: {error.filename or 'a file'}: {error.strerror}"), file=sys.stderr)
         return StorageFault.code
     except Exception:
-        traceback.print_exc()
+        print(scrub(traceback.format_exc()), file=sys.stderr)
         return 1
 
 
@@ -119,6 +144,8 @@ def flags_first(arguments: list[str]) -> list[str]:
 def quote(argument: str) -> str:
     """`key=value` with a free-text key, quoted as Hydra's grammar wants it; anything else as it is."""
     key, eq, value = argument.partition("=")
+    if key == "reproduce":  # runs/<run>, beside which there are reproduce.<key>
+        key, argument = "reproduce.run", f"reproduce.run={value}"
     if key == "lora" and value in ("true", "false"):  # choices of a group, which are no booleans for Hydra
         return "lora='true'" if value == "true" else "~lora"
     named = key.lstrip("+") in TEXT_KEYS or re.fullmatch(r"data\.sources\.[\w.]+\.path", key)
@@ -130,19 +157,6 @@ def quote(argument: str) -> str:
     value = re.sub(r"(\\+)\Z", r"\1\1", value)
     value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # and before what would be an interpolation
     return f"{key}='{value}'"
-
-
-def _claim_sweep(runs_dir: str, name: str) -> str:
-    """A fresh folder <runs_dir>/sweeps/<stamp>_<name>, however many sweeps start in the same second."""
-    base = f"{runs_dir}/sweeps/{time.strftime('%Y%m%d_%H%M%S')}" + (f"_{name}" if name else "")
-    for i in range(1, 10000):
-        folder = base if i == 1 else f"{base}_{i}"
-        try:
-            os.makedirs(folder)
-            return folder
-        except FileExistsError:
-            continue
-    raise Refusal(f"could not claim a folder like {base}")
 
 
 def folders() -> list[Path]:
@@ -177,7 +191,8 @@ def _unknown_key(key: str, script: str) -> str:
     paths = ",".join(f"file://{folder}" for folder in folders()[1:])
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose(script, overrides=chosen + ([f"hydra.searchpath=[{paths}]"] if paths else []))
+            searched = [f"hydra.searchpath=[{paths}]"] if paths else []
+            cfg = compose(script, overrides=chosen + searched, return_hydra_config=key.startswith("hydra."))
     except HydraException:  # a choice is wrong as well
         return f"unknown key {key}; --help lists what there is"
     path: list[str] = []

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from etude.errors import EtudeError, Refusal
+from etude.redact import has_secret, remember
 from etude.signature import check_method, did_you_mean, fits, signature, wanted
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -34,6 +35,7 @@ class Train:
     max_steps: int | None
     max_epochs: float | None
     max_tokens: int | None
+    max_flops: float | None
     max_minutes: float | None
     batch_size: int
     micro_batch_size: int | None
@@ -42,6 +44,8 @@ class Train:
     threads: int | None
     clip: float | None
     on_nonfinite: Literal["stop", "skip"]
+    spike_above: float | None
+    spike_window: int
     log_every: int
     eval_every: int | None
     eval_iters: int | None
@@ -58,6 +62,7 @@ class Train:
     init_from: str | None
     reference: Literal["auto", "copy", "cached"]
     resume: str | None
+    reproduce: dict[str, Any]
     runs_dir: str
     cache_dir: str
     progress: Literal["auto", "bar", "lines", "none"]
@@ -66,9 +71,9 @@ class Train:
 
 # What a resumed run may change, when its new value is typed out; everything else is part of the run's identity.
 MAY_CHANGE = (
-    "max_steps max_epochs max_tokens max_minutes micro_batch_size threads log_every eval_every eval_iters eval_batch_size "
+    "max_steps max_epochs max_tokens max_flops max_minutes micro_batch_size threads log_every eval_every eval_iters eval_batch_size "
     "histogram_every sample_every sample_prompts sample_tokens early_stopping stop_at save_every keep runs_dir cache_dir progress "
-    "trusted on_nonfinite parallel tracker data.workers data.prefetch"
+    "trusted on_nonfinite spike_above spike_window parallel tracker data.workers data.prefetch"
 ).split()
 
 
@@ -170,7 +175,7 @@ class Prepare:
 
     from_: str
     to: str
-    kind: Literal["text", "chats", "pairs", "prompts", "groups"]
+    kind: Literal["text", "chats", "pairs", "labelled", "prompts", "groups"]
     format: str
     rename: dict[str, str] | None
     separator: str | None
@@ -256,9 +261,9 @@ def check_relations(cfg: dict, above: dict | None = None) -> None:
     if target and (function := check_method(target)) is not None:
         code = function.__code__
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        if all(n in known for n in names):
+        if all(n in known for n in names[: len(names) - len(function.__defaults__ or ())]):
             try:
-                function(**{n: known[n] for n in names})
+                function(**{n: known[n] for n in names if n in known})
             except ValueError as error:
                 raise Refusal(str(error)) from None
             except (TypeError, KeyError, AttributeError) as error:
@@ -286,8 +291,10 @@ def check(cfg: Any, script: str) -> dict:
             "from": "files" if script == "prepare" else "a Hugging Face folder, a .gguf file or runs/<run>",
             "to": "a new .h5 file" if script == "prepare" else "a new folder",
         }
-        raise Refusal("; ".join(f"{key} is missing: type {key}=<{hint.get(key, 'value')}>" for key in missing))
+        hints = ((key, hint.get(key) or hint.get(key.rpartition(".")[2], "value")) for key in missing)
+        raise Refusal("; ".join(f"{key} is missing: type {key}=<{what}>" for key, what in hints))
     assert isinstance(plain, dict)
+    remember(plain)
     if issubclass(SCRIPTS[script], Train):
         plain.setdefault("lora", None)  # a group of which nothing is chosen leaves no key
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(SCRIPTS[script])}
@@ -303,15 +310,15 @@ def check(cfg: Any, script: str) -> dict:
     for name in fields.keys() - plain.keys():
         raise Refusal(f"missing {name}: conf/{script}.yaml does not set it")
     check_targets({k: v for k, v in plain.items() if k not in fields}, plain["trusted"])
-    check_relations({k: v for k, v in plain.items() if isinstance(v, dict)})
+    check_relations({k: v for k, v in plain.items() if isinstance(v, dict)}, plain)
     if issubclass(SCRIPTS[script], Train):
         _check_train(plain)
     return plain
 
 
 def _check_train(cfg: dict) -> None:
-    if all(cfg[k] is None for k in ("max_steps", "max_epochs", "max_tokens", "max_minutes")):
-        raise Refusal("nothing says when to stop: set one of max_steps, max_epochs, max_tokens, max_minutes")
+    if all(cfg[k] is None for k in ("max_steps", "max_epochs", "max_tokens", "max_flops", "max_minutes")):
+        raise Refusal("nothing says when to stop: set one of max_steps, max_epochs, max_tokens, max_flops, max_minutes")
     for key in (
         "batch_size",
         "micro_batch_size",
@@ -328,8 +335,11 @@ def _check_train(cfg: dict) -> None:
         "max_steps",
         "max_epochs",
         "max_tokens",
+        "max_flops",
         "max_minutes",
         "clip",
+        "spike_above",
+        "spike_window",
     ):
         if cfg[key] is not None and cfg[key] <= 0:
             raise Refusal(
@@ -344,6 +354,13 @@ def _check_train(cfg: dict) -> None:
         )
     if not re.fullmatch(r"[\w.-]*", cfg["tag"]):
         raise Refusal(f"tag={cfg['tag']} becomes part of a folder's name: use letters, digits, '.', '_' and '-'")
+    if has_secret(cfg["tag"]):
+        raise Refusal("the tag looks like a secret, and becomes part of a folder's name: choose another")
+    run, code = cfg["reproduce"]["run"], cfg["reproduce"]["code"]
+    if not isinstance(run, str | None) or not isinstance(code, bool):
+        raise Refusal(f"reproduce.run={show(run)} should be text or null, reproduce.code={show(code)} true or false")
+    if code and run is None:
+        raise Refusal("reproduce.code=true says how to reproduce a run; type reproduce=runs/<run> too")
     if "reward" in cfg:
         raise Refusal("a reward has a name of yours: type +reward@strategy.rewards.<name>=<choice>")
     if cfg["strategy"].get("sync_interval") is not None and (
@@ -421,6 +438,8 @@ def choosing(group: str, choice: str) -> list[str]:
     """The overrides that put a choice of a group into train.py's config."""
     if group == "reward":  # one of several, by a name of the user's
         return ["strategy=grpo", f"+reward@strategy.rewards.checked={choice}"]
+    if group.startswith("hydra/sweeper/"):  # parts of one sweeper
+        return ["hydra/sweeper=optuna", f"{group}='{choice}'"]
     return [f"{group}='{choice}'"]  # quoted: true is a word here
 
 
@@ -447,10 +466,11 @@ def check_all() -> list[str]:
         "data=h5": ["data.path=x"],
         "data=bin": ["data.path=x"],
         "tokenizer=file": ["tokenizer.path=x"],
+        "+reward@strategy.rewards.checked=model": ["strategy.rewards.checked.ckpt=x"],
     }
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for script, overrides in jobs:
-            extra = needs.get((overrides[0] if overrides else script).replace("'", ""), [])
+            extra = needs.get((overrides[-1] if overrides else script).replace("'", ""), [])
             try:
                 check(compose(script, overrides=overrides + extra), script)
             except (HydraException, Refusal) as error:

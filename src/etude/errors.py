@@ -1,4 +1,4 @@
-"""The four ways in which a command ends early. The scripts print `str(error)` as one line and exit with `code`."""
+"""The ways in which a command ends early. The scripts print `str(error)` as one line and exit with `code`."""
 
 
 class EtudeError(Exception):
@@ -29,3 +29,14 @@ class NonFinite(EtudeError):
     """A loss or gradient that is not a finite number; no update was made with it."""
 
     code = 5
+
+
+class JobFailed(EtudeError):
+    """A job of a sweep did not complete; `code` is its exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message, code)  # both: it is pickled on its way from another process
+        self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[0])

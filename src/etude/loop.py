@@ -1,7 +1,7 @@
 """The loop: every strategy and every model trains here, in one pass from top to bottom. No callbacks: order is meaning."""
 
 import dataclasses
-import json
+import functools
 import math
 import time
 import zlib
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from etude import diagnosis
 from etude.data.loader import Batch, Batches
 from etude.display import Display
 from etude.errors import Interrupted, NonFinite
@@ -39,15 +40,17 @@ def due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
-def horizon(settings: dict, batches: Batches, iterations: int) -> int | None:
-    """The number of steps at which the first of max_steps, max_epochs and max_tokens is reached; None without them. Each
-    sample is learnt from `iterations` times before the next."""
+def horizon(settings: dict, batches: Batches, iterations: int, flops_per_token: int) -> int | None:
+    """The number of steps at which the first of max_steps, max_epochs, max_tokens and max_flops is reached; None without
+    them. Each sample is learnt from `iterations` times before the next."""
     size = settings["batch_size"]
     limits = [settings["max_steps"]]
     if settings["max_epochs"] is not None:
         limits.append(math.ceil(settings["max_epochs"] * batches.epoch_samples / size) * iterations)
     if settings["max_tokens"] is not None:
         limits.append(math.ceil(settings["max_tokens"] / (size * batches.tokens_per_sample)))
+    if settings["max_flops"] is not None:
+        limits.append(math.ceil(settings["max_flops"] / (size * batches.tokens_per_sample * flops_per_token)))
     return min((n for n in limits if n is not None), default=None)
 
 
@@ -73,15 +76,17 @@ def fit(
     precision: str,
     peak_flops: float | None,
     folder: Path,
+    until: int | None = None,
 ) -> str:
     """Train from progress.step until a limit; -> why it ended. `settings` are train.py's root keys; `model` is wrapped
-    by `parallel`; save(best) writes a checkpoint of `progress`; evaluate(True) is the whole validation split's. Raises
-    Interrupted (after saving), NonFinite."""
+    by `parallel`; save(best) writes a checkpoint of `progress`; evaluate(True) is the whole validation split's. Before step
+    `until` it only ends: no limit is reached and nothing is written. Raises Interrupted (after saving), NonFinite."""
     size = settings["batch_size"]
     bare: Any = getattr(model, "module", model)
     flops_per_token = bare.flops_per_token(batches.data.seq_len)
     steps_per_epoch = batches.epoch_samples / size * window.iterations
-    limit = horizon(settings, batches, window.iterations)
+    limit = horizon(settings, batches, window.iterations, flops_per_token)
+    status.fields["steps"] = limit
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
     if world.size > 1:
         warm_up(model, strategy, ref, batches, window.data_step(progress.step), world, autocast)
@@ -90,9 +95,12 @@ def fit(
     display.start(progress.step, limit)
     last_log, begun = (time.perf_counter(), progress.tokens), time.perf_counter() - progress.seconds
     sync_every: int | None = getattr(strategy, "sync_interval", None)
+    watch = diagnosis.Watch(settings["spike_above"], settings["spike_window"])
     with StopSignals() as signals, window.reading(progress.step, limit):
         while True:
             step = progress.step
+            if step == until:
+                return f"step {step} is next"
             progress.seconds = time.perf_counter() - begun
             steps = limit or estimate_steps(step, progress.seconds, settings["max_minutes"])
             collected = window.collected(model, step)
@@ -112,11 +120,32 @@ def fit(
             last = "time limit" if out_of_time else "all steps done" if done == limit else ""
             logging = done == 1 or due(done, settings["log_every"]) or bool(last)
             sums, norm = gradients(model, ref, strategy, collected, weight, settings, step, parallel, world, autocast)
-            if not math.isfinite(norm):
-                dump(folder, world, step, batches, window, collected)
+            load = router_load(sums, world)
+            means = reduce(sums, world) | spread(load) if logging else {}
+            seen = {"grad_norm": norm.item()} | ({"loss": means["loss"]} if "loss" in means else {})
+            finite = math.isfinite(seen["grad_norm"])
+            if (why := watch.step(seen)) is not None:
+                unclipped = settings | {"clip": None}
+                about = (model, ref, strategy, collected, weight, unclipped, step, parallel, world, autocast)
+                looked = diagnosis.look(model, functools.partial(gradients, *about))
+                path = diagnosis.dump(
+                    "spike" if finite else "nonfinite",
+                    why,
+                    folder=folder,
+                    world=world,
+                    step=step,
+                    batches=batches,
+                    window=window,
+                    collected=collected,
+                    values=seen,
+                    load=load,
+                    looked=looked,
+                )
+                display.say(f"note     step {done}: {why}; see {path}, or: python -m etude.replay {folder} step={done}")
+            if not finite:
                 if settings["on_nonfinite"] == "stop":
                     raise NonFinite(
-                        f"the gradient of step {step} is {norm.item()}: no update was made. Lower optimizer.lr, or on_nonfinite=skip; the batch is in {folder}/logs"
+                        f"the gradient of step {done} is {norm.item()}: no update was made. Lower optimizer.lr, or on_nonfinite=skip; the batch is in {folder}/logs. To look at it: python -m etude.replay {folder} step={done}"
                     )
                 progress.skipped += 1
                 optimizer.zero_grad()
@@ -130,7 +159,6 @@ def fit(
                 tracker.histograms(done, histograms)
             optimizer.step()
             optimizer.zero_grad()
-            load = router_load(sums, world)
             if load is not None:
                 bare.balance(load)
             if ref is not None and due(done, sync_every):
@@ -139,7 +167,7 @@ def fit(
 
             values: dict[str, float] = {}
             if logging:
-                values = {f"train/{k}": v for k, v in (reduce(sums, world) | spread(load)).items()}
+                values = {f"train/{k}": v for k, v in means.items()}
                 now = time.perf_counter()
                 rate = (progress.tokens - last_log[1]) / (now - last_log[0])
                 last_log = now, progress.tokens
@@ -292,13 +320,17 @@ def warm_up(
 
 def reduce(sums: list[dict], world: World) -> dict[str, float]:
     """Metrics as (sum, count) of each micro-batch -> their means over all micro-batches and ranks."""
-    names = world.broadcast(sorted({name for metrics in sums for name in metrics}))  # a rank may have had no batch
+    named = world.gather(sorted({name for metrics in sums for name in metrics}))  # a rank may have had no batch
+    names = world.broadcast(sorted({name for names in named for name in names}))
     flat = [float(sum(float(m[n][i]) for m in sums if n in m)) for n in names for i in (0, 1)]
     flat = world.sum(flat)
     means = {n: flat[2 * i] / max(flat[2 * i + 1], 1e-9) for i, n in enumerate(names)}
     terms = [v for n, v in means.items() if n.startswith("loss/")]
     if "loss" not in means and terms:  # each divided by its own count
         means["loss"] = sum(terms)
+    # Of answers that are not in pairs.
+    if "rewards/margin" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means["rewards/margin"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means
 
 
@@ -329,6 +361,9 @@ def batch_hash(collected: list[Batch], world: World) -> int:
     """A number for the step's samples, the same however they are spread over micro-batches and ranks."""
     rows = 0
     for batch in collected:
+        if "crc" in batch:  # of one whose targets do not tell its samples apart
+            rows += batch["crc"]
+            continue
         if "slots" in batch:  # however the sequences are laid out
             ids = batch["targets"].flatten()[batch["slots"].clamp_min(0)].cpu().numpy()
             rows += sum(zlib.crc32(r[:n].tobytes()) for r, n in zip(ids, (batch["slots"] >= 0).sum(1).tolist()))
@@ -337,13 +372,6 @@ def batch_hash(collected: list[Batch], world: World) -> int:
         for row, n in zip(batch["tokens"].cpu().numpy(), padding):
             rows += zlib.crc32(row[: len(row) - n].tobytes())
     return int(world.sum([float(rows)])[0])
-
-
-def dump(folder: Path, world: World, step: int, batches: Batches, window: Window, collected: list[Batch]) -> None:
-    """The batch of a step that went wrong: sample numbers and ids."""
-    indices = [m.tolist() for m in batches.sampler.micro_batches(window.source(step))]
-    record = {"step": step, "rank": world.rank, "samples": indices, "tokens": [b["tokens"].tolist() for b in collected]}
-    (folder / "logs" / f"nonfinite_step_{step}_rank_{world.rank}.json").write_text(json.dumps(record))
 
 
 @torch.no_grad()

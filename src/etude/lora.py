@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.errors import Refusal
-from etude.interop import architectures
+from etude.interop import architectures, fold
 from etude.interop.architectures import Entry
 from etude.model import adapted, weights
 from etude.model.adapted import Adapted
@@ -200,6 +200,9 @@ def peft_files(
     sparse = model.node["ffn"].get("sparse", model.node["ffn"])
     parameters = {n: p for n, p in model.named_parameters() if not adapted.is_adapter(n)}
     entries = list(arch.entries(arch.names, list(parameters), sparse.get("n_experts", 0)))
+    factors = fold.factors(model.node)  # what convert.py multiplies a row of W by, it must multiply B's and m's by
+    factor = lambda layer, part: 1.0 if part == "lora_A" else factors.get(f"{layer}.weight", 1.0)  # noqa: E731
+    tensors = {n: t * factor(*n.rsplit(".", 1)) for n, t in tensors.items()}
     rank, dora, rslora = node["rank"], node["dora"], node["rslora"]
     made: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -215,7 +218,10 @@ def peft_files(
         b = _diagonal([tensors.get(f"{n}.lora_B", torch.empty(len(parameters[f"{n}.weight"]), 0)) for n in layers])
         parts = {"lora_A.weight": torch.cat([tensors[f"{n}.lora_A"] for n in some]), "lora_B.weight": b}
         if dora:
-            rows = [tensors[f"{n}.lora_magnitude"] if n in some else _rows(parameters[f"{n}.weight"]) for n in layers]
+            rows = [
+                tensors[f"{n}.lora_magnitude"] if n in some else _rows(parameters[f"{n}.weight"]) * factor(n, "")
+                for n in layers
+            ]
             parts["lora_magnitude_vector"] = torch.cat(rows)
         made |= {f"base_model.model.{theirs}.{name}": t.contiguous() for name, t in parts.items()}
     experts = {_last(n.removesuffix(".weight")) for entry in entries if len(entry.theirs) > 1 for n in entry.theirs}

@@ -51,6 +51,8 @@ def named(batch: Batch, row: int) -> str:
     if "rewards" in batch:
         reward = batch["rewards"][row].item()
         return f"completion {row}, {'no reward' if math.isnan(reward) else f'reward {reward:g}'}, "
+    if "labels" in batch:
+        return f"{'desirable' if batch['labels'][row] else 'undesirable'}, "
     return ("chosen " if row == 0 else "rejected ") if len(batch["tokens"]) > 1 else ""
 
 

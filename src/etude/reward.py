@@ -3,9 +3,14 @@
     name(completion, fields, *, weight, your settings) -> a number, or None where the completion cannot be judged
 
 `fields` are the row's other keys (the answer, the task). A function that raises counts as one that returns None, but a
-Refusal, which the user can act on, stops the run."""
+Refusal, which the user can act on, stops the run. One that has an attribute `of_rows` judges many at once:
+
+    name(rows, tokenizer, *, weight, your settings) -> a number or None for each
+
+rows being strategy.layout.Row: the ids of a prompt and its completion, and which of them are the completion's."""
 
 import ast
+import functools
 import re
 import textwrap
 import warnings
@@ -104,6 +109,43 @@ def _parses(code: str) -> bool:
             return bool(ast.parse(textwrap.dedent(code)).body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # MemoryError: nested too deeply
         return False
+
+
+def model(
+    rows: list[Any], tokenizer: Any, *, ckpt: str, weight: float, device: str, trusted: list[str]
+) -> list[float | None]:
+    """`weight` times what a reward model says of each completion behind its prompt. It is read once."""
+    from etude.strategy.reward_model import end_token, judged
+
+    found, sha256 = _judge(ckpt, device, tuple(trusted))
+    if sha256 != tokenizer.sha256():
+        raise Refusal(
+            f"the reward model {ckpt} has another tokenizer than the policy: train it with init_from=<the run that the policy begins with>"
+        )
+    return [weight * r for r in judged(found, rows, end_token(tokenizer)).tolist()]
+
+
+model.of_rows = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=4)
+def _judge(ckpt: str, device: str, trusted: tuple[str, ...]) -> tuple[Any, str]:
+    """A reward model and its tokenizer's sha256. Raises Refusal for a run that trained something else."""
+    from etude import checkpoint
+    from etude.model import weights
+    from etude.parallel import pick_device
+    from etude.text import tokenizer as tok
+
+    folder = checkpoint.find(ckpt)
+    trained = next(
+        (p for up in folder.resolve().parents[:3] if (p := up / "meta" / "full_config.json").is_file()), None
+    )
+    if trained is not None and not weights.read_json(trained.parent, trained.name)["strategy"]["_target_"].endswith(
+        ".RewardModel"
+    ):
+        raise Refusal(f"{ckpt} is no reward model; train one with: python train.py strategy=reward_model")
+    made = weights.from_pretrained(folder, pick_device(device), None, list(trusted))
+    return made, tok.load(folder).sha256()
 
 
 def final_number(text: str) -> Fraction | None:

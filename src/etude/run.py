@@ -3,13 +3,12 @@
 import contextlib
 import datetime
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,14 +17,15 @@ from typing import Any
 
 import yaml
 
+from etude import git
 from etude.errors import Refusal, StorageFault
+from etude.redact import REDACTED, redact, redact_override, scrub
 
 # Environment variables worth knowing of a run. An allow-list: anything else may be a secret.
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES HF_HOME KMP_AFFINITY LD_PRELOAD LOCAL_RANK MASTER_ADDR MASTER_PORT MKL_NUM_THREADS NCCL_DEBUG "
     "OMP_NUM_THREADS PYTHONHASHSEED PYTORCH_CUDA_ALLOC_CONF RANK SLURM_JOB_ID TORCHINDUCTOR_CACHE_DIR WORLD_SIZE"
 ).split()
-SECRET = re.compile(r"(?i)(^|[._-])(api_?key|access_?key|auth|credentials?|passw(or)?d|secret|token)$")
 
 
 def claim(runs_dir: str, tag: str) -> Path:
@@ -34,9 +34,17 @@ def claim(runs_dir: str, tag: str) -> Path:
     return _claim(Path(runs_dir), stamp + (f"_{tag}" if tag else ""))
 
 
-def claim_job(sweep: Path, number: int, overrides_hash: str) -> Path:
-    """A new folder <sweep>/<job>_<overrides hash>[_<n>]."""
-    return _claim(sweep, f"{number}_{overrides_hash}")
+def claim_job(folder: Path) -> Path:
+    """A new folder of that name, with _<n> after it if there is one."""
+    return _claim(folder.parent, folder.name)
+
+
+def take(folder: Path) -> Path:
+    """A folder that somebody keeps for this run alone. Raises Refusal if it has a run with checkpoints."""
+    if any((folder / "artifacts" / "checkpoints").glob("step_*")):
+        raise Refusal(f"{folder} is a run already; go on with it: python train.py resume={folder}")
+    _subfolders(folder)
+    return folder
 
 
 def _claim(parent: Path, name: str) -> Path:
@@ -51,10 +59,14 @@ def _claim(parent: Path, name: str) -> Path:
             raise StorageFault(
                 f"could not make {folder}: {error.strerror}; choose another place with runs_dir=FOLDER"
             ) from None
-        for sub in ("artifacts/checkpoints", "logs", "meta"):
-            (folder / sub).mkdir(parents=True)
+        _subfolders(folder)
         return folder
     raise StorageFault(f"{parent} has ten thousand folders like {name}")
+
+
+def _subfolders(folder: Path) -> None:
+    for sub in ("artifacts/checkpoints", "logs", "meta"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -75,66 +87,77 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def redact(value: Any, key: str = "") -> Any:
-    """The same value with every entry whose key names a secret, and every password in a URL, replaced."""
-    if isinstance(value, dict):
-        return {k: redact(v, str(k)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [redact(v, key) for v in value]
-    if isinstance(value, str):
-        return "<redacted>" if SECRET.search(key) and value else re.sub(r"(\w+://)[^/@\s]+@", r"\1", value)
-    return value
-
-
-def redact_override(text: str) -> str:
-    key, eq, value = text.partition("=")
-    return f"{key}={redact(value, key.lstrip('+~'))}" if eq else text
-
-
 def write_metadata(
-    folder: Path, config: dict, overrides: list[str], data: dict, model: dict[str, int], device: str
+    folder: Path,
+    config: dict,
+    overrides: list[str],
+    choices: dict[str, Any],
+    data: dict,
+    model: dict[str, int],
+    machine: dict[str, Any],
 ) -> None:
-    """meta/: the resolved config, overrides, command, git state, environment, packages, size of the model, hashes of data
-    and tokenizer."""
+    """meta/: the resolved config, overrides, choices of config groups, command, git state, environment, packages, size of
+    the model, hashes of data and tokenizer. `machine` is what torch knows: device, accelerator, threads and the like."""
     meta = folder / "meta"
     clean = redact(config)
     overrides = [redact_override(o) for o in overrides]
     (meta / "config.yaml").write_text(yaml.safe_dump(clean, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (meta / "full_config.json").write_text(json.dumps(clean, indent=1))
     (meta / "overrides").write_text("".join(o + "\n" for o in overrides), encoding="utf-8")
+    (meta / "choices.json").write_text(json.dumps(choices, indent=1))
     (meta / "command").write_text(
         shlex.join(["python", sys.argv[0], *map(redact_override, sys.argv[1:])]) + "\n", encoding="utf-8"
     )
-    (meta / "data.json").write_text(json.dumps(data, indent=1))
+    (meta / "data.json").write_text(json.dumps(redact(data), indent=1))
     (meta / "model.json").write_text(json.dumps(model, indent=1))
-    git, diff = _git()
-    (meta / "git.txt").write_text(git)
-    (meta / "diff.patch").write_text(diff)
+    said, patch = git.record()
+    (meta / "git.txt").write_text(said, encoding="utf-8")
+    (meta / "diff.patch").write_bytes(patch)
     lines = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "device": device,
+        **machine,
         "host": platform.node(),
         "folder": os.getcwd(),
     }
     lines |= {k: os.environ[k] for k in ENVIRONMENT if k in os.environ}
-    (meta / "env.txt").write_text("".join(f"{k}={v}\n" for k, v in lines.items()))
-    packages = sorted(
-        {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.metadata["Name"]},
-        key=str.lower,
-    )
-    (meta / "packages.txt").write_text("\n".join(packages) + "\n")
+    (meta / "env.txt").write_text(scrub("".join(f"{k}={v}\n" for k, v in lines.items())), encoding="utf-8")
+    (meta / "packages.txt").write_text("\n".join(packages()) + "\n")
+
+
+@functools.cache
+def packages() -> list[str]:
+    """What is installed, as name==version. Each file is read once: every property of a distribution reads it anew."""
+    found = [d.metadata for d in importlib.metadata.distributions()]
+    return sorted({f"{m['Name']}=={m['Version']}" for m in found if m["Name"]}, key=str.lower)
 
 
 def note_resume(folder: Path, config: dict, overrides: list[str], step: int) -> None:
-    """Record a resume: its overrides and step in meta/resumes, and the config as it is now."""
-    with (folder / "meta" / "resumes").open("a", encoding="utf-8") as out:
+    """Record a resume: its overrides and step in meta/resumes, and the config as it is now. One that was another is kept
+    as meta/earlier/until_<step>.yaml."""
+    meta = folder / "meta"
+    with (meta / "resumes").open("a", encoding="utf-8") as out:
         out.write(f"{_now()} step {step}: {' '.join(map(redact_override, overrides))}\n")
     config = redact(config | {"resume": None})
-    replace(folder / "meta" / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    replace(folder / "meta" / "full_config.json", json.dumps(config, indent=1))
+    before = meta / "config.yaml"
+    # After a damaged checkpoint the run did not come to these.
+    void = [path for until, path in earlier(folder) if until > step]
+    text = (void or [before])[0].read_text(encoding="utf-8")
+    if step and yaml.safe_load(text) != config:
+        (meta / "earlier").mkdir(exist_ok=True)
+        replace(meta / "earlier" / f"until_{step:08d}.yaml", text)
+    for path in void:
+        path.unlink()
+    replace(before, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    replace(meta / "full_config.json", json.dumps(config, indent=1))
+
+
+def earlier(folder: Path) -> list[tuple[int, Path]]:
+    """(number of steps, config) for each config that a run had until so many steps were done, and not after."""
+    found = (folder / "meta" / "earlier").glob("until_*.yaml")
+    return sorted((int(path.stem.removeprefix("until_")), path) for path in found)
 
 
 def _processor() -> str:
@@ -146,25 +169,6 @@ def _processor() -> str:
         )
     except (OSError, StopIteration):
         return platform.processor()
-
-
-def _git() -> tuple[str, str]:
-    """Commit, branch, remote and status, and the diff against the commit, of the repository this code lies in."""
-    here = Path(__file__).resolve().parent
-
-    def ask(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=20, check=True
-        ).stdout
-
-    try:
-        facts = {"commit": ask("rev-parse", "HEAD"), "branch": ask("rev-parse", "--abbrev-ref", "HEAD")}
-        facts["remote"] = " ".join(sorted({w for w in ask("remote", "-v").split() if "/" in w}))
-        status = ask("status", "--porcelain")
-        text = "".join(f"{k}: {redact(v.strip())}\n" for k, v in facts.items()) + f"status:\n{status or 'clean'}\n"
-        return text, ask("diff", "HEAD")
-    except (OSError, subprocess.SubprocessError):
-        return "not a git repository with a commit\n", ""
 
 
 class Status:
@@ -192,7 +196,7 @@ class Status:
     def end(self, status: str, step: int, error: str | None = None, exit_code: int = 0) -> None:
         self.fields |= {"status": status, "step": step, "exit_code": exit_code, "ended": _now()}
         if error:
-            self.fields["error"] = error
+            self.fields["error"] = scrub(error)
         self.write()
 
     def write(self) -> None:
@@ -204,7 +208,7 @@ class Status:
         head = f"{self.path.parent.name}: {self.fields['status']}"
         replace(
             self.summary,
-            "\n".join([head, *lines, *([self.fields["error"]] if self.fields.get("error") else [])]) + "\n",
+            scrub("\n".join([head, *lines, *([self.fields["error"]] if self.fields.get("error") else [])])) + "\n",
         )
 
 
@@ -235,38 +239,67 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def resumed_config(folder: Path, config: dict, overrides: list[str], may_change: list[str]) -> dict:
-    """The stored config of a run with the typed overrides laid over it. `config` is what the command line composes to.
-    Raises Refusal with the differences, if one is not in `may_change`."""
+def stored_config(folder: Path, key: str) -> dict:
+    """The config of the run that `key` (resume, reproduce) names. Raises Refusal."""
     try:
         stored = yaml.safe_load((folder / "meta" / "config.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Refusal(f"resume={folder} is not a run: there is no meta/config.yaml in it") from None
+    except (FileNotFoundError, NotADirectoryError):
+        near = sorted(p.parent.parent for p in folder.parent.glob("*/meta/config.yaml"))
+        hint = f"; the newest there is {near[-1]}" if near else ""
+        raise Refusal(f"{key}={folder} is not a run: there is no meta/config.yaml in it{hint}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise Refusal(f"{key}={folder}: meta/config.yaml cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(stored, dict):
+        raise Refusal(f"{key}={folder}: meta/config.yaml holds no config; bring back a copy of it")
+    return stored
+
+
+def filled(stored: Any, config: Any, folder: Path, path: str = "") -> Any:
+    """A stored config in which what was redacted is as in `config`, which the command line composes to. Raises Refusal."""
+    if isinstance(stored, dict):
+        below = config if isinstance(config, dict) else {}
+        return {k: filled(v, below.get(k), folder, f"{path}.{k}" if path else str(k)) for k, v in stored.items()}
+    if isinstance(stored, list) and isinstance(config, list) and len(stored) == len(config):
+        return [filled(v, c, folder, path) for v, c in zip(stored, config)]
+    if isinstance(stored, (str, list)) and REDACTED in str(stored):
+        if config is None:
+            raise Refusal(f"{path} is a secret that {folder} does not hold; type {path}=<value>")
+        return config
+    return stored
+
+
+def resumed_config(
+    folder: Path, config: dict, overrides: list[str], may_change: list[str], key: str = "resume"
+) -> dict:
+    """The stored config of a run with the typed overrides laid over it. `config` is what the command line composes to, `key`
+    its entry that names the run. Raises Refusal with the differences, if one is not in `may_change`."""
+    stored = filled(stored_config(folder, key), config, folder)
     # Keys that came into being after the run began have their defaults.
     new = {k: v for k, v in config.items() if k not in stored} | json.loads(json.dumps(stored))
     keys = [o.partition("=")[0].lstrip("+~").split("@")[0].replace("/", ".") for o in overrides]
     if "experiment" in keys:  # it may set anything: then the whole command line is held against the run
         new = dict(config)
         keys = []
-    for key in keys:
-        if key == "resume":
+    for name in keys:
+        if name.split(".")[0] == key:
             continue
         source, target = config, new
-        *parents, last = key.split(".")
+        *parents, last = name.split(".")
         try:
             for part in parents:
                 source, target = source[part], target[part]
             target[last] = source[last]
         except (KeyError, TypeError):
-            raise Refusal(f"{key} is not part of the config of {folder}; leave it out, or start a new run") from None
-    new["resume"] = config["resume"]
+            raise Refusal(f"{name} is not part of the config of {folder}; leave it out, or start a new run") from None
+    new[key] = config[key]
     old_flat, new_flat = flat(stored), flat({k: v for k, v in new.items() if k in stored})
-    changed = {k for k in old_flat.keys() | new_flat.keys() if old_flat.get(k) != new_flat.get(k)} - {"resume"}
-    allowed = tuple(may_change)
+    changed = {k for k in old_flat.keys() | new_flat.keys() if old_flat.get(k) != new_flat.get(k)}
+    allowed = (key, *may_change)
     refused = sorted(k for k in changed if not any(k == a or k.startswith(a + ".") for a in allowed))
     if refused:
         difference = ", ".join(f"{k}: {old_flat.get(k)} -> {new_flat.get(k)}" for k in refused[:5])
+        what = "Resuming" if key == "resume" else "Reproducing"
         raise Refusal(
-            f"this would not be the same run ({difference}); leave that out, or start a new run. Resuming may change: {' '.join(may_change)}"
+            f"this would not be the same run ({difference}); leave that out, or start a new run. {what} may change: {' '.join(may_change)}"
         )
     return new

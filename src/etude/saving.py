@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,10 @@ from etude import checkpoint, lora
 from etude.errors import Refusal
 from etude.model import weights
 
-if TYPE_CHECKING:
-    from etude.training import Session
+Session = Any  # etude.training.Session, which imports this module
 
 
-def save(session: "Session", best: bool) -> None:
+def save(session: Session, best: bool) -> None:
     """A checkpoint of this moment; the other ranks wait until it is on disk."""
     rollout = session.window.files(session.progress.step)
     if session.world.rank == 0:
@@ -49,7 +48,7 @@ def save(session: "Session", best: bool) -> None:
     session.world.broadcast(None)
 
 
-def state_of(session: "Session") -> dict:
+def state_of(session: Session) -> dict:
     session.batches.sampler.step = session.window.data_step(session.progress.step)
     pack = lambda value: base64.b64encode(value).decode()  # noqa: E731
     return {
@@ -70,7 +69,7 @@ def state_of(session: "Session") -> dict:
     }
 
 
-def model_config(session: "Session") -> dict:
+def model_config(session: Session) -> dict:
     return {
         "format": weights.FORMAT,
         "step": session.progress.step,
@@ -80,7 +79,7 @@ def model_config(session: "Session") -> dict:
     } | ({} if session.cfg["lora"] is None else {"lora": session.cfg["lora"]})
 
 
-def restore(session: "Session") -> None:
+def restore(session: Session) -> None:
     """Take weights, optimizer and progress from the run's newest whole checkpoint. A run that was stopped before its
     first checkpoint begins again."""
     found = None
@@ -93,7 +92,11 @@ def restore(session: "Session") -> None:
                 f"there is no checkpoint yet and {session.cfg['init_from']} is not there any more: bring it back"
             )
         return
-    folder = Path(found)
+    load(session, Path(found))
+
+
+def load(session: Session, folder: Path) -> None:
+    """Take them from one checkpoint, which is whole. Raises Refusal where data, tokenizer or beginning are others."""
     state = checkpoint.read(folder)
     for name in ("data_sha256", "tokenizer_sha256"):
         if state[name] != (now := session.meta[name.replace("data_", "")]):
@@ -122,7 +125,7 @@ def restore(session: "Session") -> None:
     warn_if_not_exact(session, state)
 
 
-def restore_rng(session: "Session", state: dict) -> None:
+def restore_rng(session: Session, state: dict) -> None:
     """The generators' states and the sampler's. Nothing in the loop depends on them (see loop.key); what a user's own
     part draws goes on as if it had never stopped."""
     try:
@@ -136,7 +139,7 @@ def restore_rng(session: "Session", state: dict) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"]["torch"])), dtype=torch.uint8))
 
 
-def warn_if_not_exact(session: "Session", state: dict) -> None:
+def warn_if_not_exact(session: Session, state: dict) -> None:
     now = {"world_size": session.world.size, "threads": torch.get_num_threads(), "precision": session.precision}
     for name, value in now.items():
         if state[name] != value and session.world.rank == 0:
@@ -146,7 +149,7 @@ def warn_if_not_exact(session: "Session", state: dict) -> None:
             )
 
 
-def export(session: "Session") -> None:
+def export(session: Session) -> None:
     """artifacts/export: what inference needs, of the checkpoint with the best validation loss (the last one where
     none was evaluated)."""
     best = session.checkpoints / "best"
@@ -168,7 +171,7 @@ def export(session: "Session") -> None:
     )
 
 
-def write_base(session: "Session") -> None:
+def write_base(session: Session) -> None:
     """artifacts/base: the model under the adapters, which checkpoints then leave out."""
     folder = session.folder / "artifacts" / "base"
     if not folder.exists():

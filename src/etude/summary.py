@@ -1,17 +1,16 @@
 """What a run says when it begins and when it ends."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from etude import memory
 from etude import run as runs
 from etude.display import count
 from etude.loop import goal
 
-if TYPE_CHECKING:
-    from etude.training import Session
+Session = Any  # etude.training.Session, which imports this module
 
 
-def at_start(session: "Session", limit: int | None) -> str:
+def at_start(session: Session, limit: int | None) -> str:
     meta, size, seq = session.meta, session.cfg["batch_size"], session.data.seq_len
     n = sum(p.numel() for p in session.model.parameters())
     flops = session.model.flops_per_token(seq)
@@ -41,7 +40,7 @@ def at_start(session: "Session", limit: int | None) -> str:
     return "\n".join(lines)
 
 
-def at_end(session: "Session", reason: str, status: runs.Status) -> list[str]:
+def at_end(session: Session, reason: str, status: runs.Status) -> list[str]:
     metrics = status.fields["metrics"]
     minutes, seconds = divmod(round(session.progress.seconds), 60)
     name = goal(session.strategy)[0]
@@ -60,6 +59,8 @@ def at_end(session: "Session", reason: str, status: runs.Status) -> list[str]:
         lines.append(
             f"best     step {session.progress.best_step}, validation {name} {session.progress.best:.4f} over the same {session.cfg['eval_iters'] or 'whole'} batches each time"
         )
+    if use := getattr(session.strategy, "use", None):
+        return [*lines, "", f"use:     {use.format(run=session.folder)}"]
     pairs = session.sample(session.progress.step)
     for prompt, text in pairs:
         lines += ["", f"--- sample after {prompt!r}", prompt + text]

@@ -1,6 +1,7 @@
 """From a checked config to a finished run: data, model, run folder, loop, summary."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -10,13 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from etude import cli
+from etude import cli, reproduce
 from etude import config as conf
 from etude import run as runs
 from etude.data.base import Maker
 from etude.data.prepare import Prepared, prepare, together
 from etude.errors import EtudeError, Interrupted, Refusal
 from etude.parallel import rank as parallel_rank
+from etude.redact import remember, scrub
+from etude.sweep.place import overrides_hash
 
 # torch is imported by `work` alone: bad input is refused before, and a launcher of processes never needs it.
 
@@ -24,7 +27,15 @@ from etude.parallel import rank as parallel_rank
 def train(cfg: dict) -> int:
     """Everything that needs no torch, then `work` in as many processes as cfg.parallel says. -> exit code."""
     overrides = typed_overrides()
-    if cfg["resume"] is not None:
+    if cfg["resume"] is None and cfg["reproduce"]["run"] is not None:
+        cfg = reproduce.adopt(cfg, overrides)
+        if cfg["reproduce"]["code"]:
+            return reproduce.elsewhere(cfg, overrides)
+        try:
+            conf.check_targets({k: v for k, v in cfg.items() if isinstance(v, dict)}, cfg["trusted"])
+        except Refusal as error:
+            raise Refusal(f"{error}. If the code has changed since that run: reproduce.code=true") from None
+    elif cfg["resume"] is not None:
         cfg = runs.resumed_config(Path(cfg["resume"]), cfg, overrides, list(conf.MAY_CHANGE))
         conf.check_targets({k: v for k, v in cfg.items() if isinstance(v, dict)}, cfg["trusted"])
         gone = cfg["init_from"] is not None and not Path(cfg["init_from"]).is_dir()
@@ -35,12 +46,17 @@ def train(cfg: dict) -> int:
         from etude.initial import adopt
 
         cfg = adopt(cfg, overrides)
+    return start(cfg, overrides)
+
+
+def start(cfg: dict, overrides: list[str]) -> int:
+    """A run of a config that is whole. -> exit code."""
     data, prepared = prepare_data(cfg)
     if cfg["dry_run"]:
         from etude.preview import show
 
         return show(cfg, data, prepared)
-    return conf.build(cfg["parallel"]).launch(work, cfg, overrides, data, prepared, sweep_job())
+    return conf.build(cfg["parallel"]).launch(work, cfg, overrides, chosen(cfg), data, prepared, sweep_job())
 
 
 def prepare_data(cfg: dict) -> tuple[Any, list[Prepared]]:
@@ -67,30 +83,53 @@ def typed_overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def sweep_job() -> tuple[str, int, str] | None:
-    """(sweep's folder, job's number, hash of its overrides) in a multirun, else None."""
+def chosen(cfg: dict) -> dict[str, Any]:
+    """{config group: choice}, by which runs are compared; of a reproduction what its source's were. Empty outside of Hydra."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if cfg["reproduce"]["run"] is not None:
+        kept = Path(cfg["reproduce"]["run"]) / "meta" / "choices.json"
+        return json.loads(kept.read_text()) if kept.exists() else {}
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return {group: choice for group, choice in choices.items() if not group.startswith("hydra/")}
+
+
+def sweep_job() -> tuple[Path, bool] | None:
+    """The folder <sweep>/<job>_<overrides hash> that a sweep has for this job, and whether it is still to be claimed (with
+    hydra/launcher=isolated it is there, and named by hydra.run.dir); None outside of a sweep."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+    if not HydraConfig.initialized():
         return None
     h = HydraConfig.get()
-    return h.sweep.dir, h.job.num, hashlib.sha256(json.dumps(sorted(h.overrides.task)).encode()).hexdigest()[:8]
+    if h.mode == RunMode.MULTIRUN:
+        return Path(h.sweep.dir) / f"{h.job.num}_{overrides_hash(h.overrides.task)}", True
+    return (Path(h.run.dir), False) if h.run.dir != "." else None
 
 
-def work(cfg: dict, overrides: list[str], data: Any, prepared: list[Prepared], job: tuple[str, int, str] | None) -> int:
+def work(
+    cfg: dict,
+    overrides: list[str],
+    choices: dict[str, Any],
+    data: Any,
+    prepared: list[Prepared],
+    job: tuple[Path, bool] | None,
+) -> int:
     """One process of a run. -> exit code."""
+    remember(cfg)
     parallel = conf.build(cfg["parallel"])
     first = parallel_rank() == 0  # what is refused is refused on every rank: one of them says it
-    return cli.guard(lambda: _work(cfg, overrides, data, prepared, job, parallel), quiet=not first)
+    return cli.guard(lambda: _work(cfg, overrides, choices, data, prepared, job, parallel), quiet=not first)
 
 
 def _work(
     cfg: dict,
     overrides: list[str],
+    choices: dict[str, Any],
     data: Any,
     prepared: list[Prepared],
-    job: tuple[str, int, str] | None,
+    job: tuple[Path, bool] | None,
     parallel: Any,
 ) -> int:
     with parallel.world(cfg["threads"]) as world, contextlib.ExitStack() as stack:
@@ -99,7 +138,7 @@ def _work(
         session.folder = Path(folder)
         if world.rank == 0:
             stack.enter_context(runs.locked(session.folder))
-        return session.run(overrides)
+        return session.run(overrides, choices)
 
 
 class Session:
@@ -168,6 +207,8 @@ class Session:
         initial.adapt(self.model, cfg)
         self.model.to(self.device)
         self.ref = initial.reference(self.model, cfg) if self.strategy.needs_reference else None
+        if hasattr(self.strategy, "ref"):  # one that collects with it too
+            self.strategy.ref = self.ref
         self.optimizer = conf.build(cfg["optimizer"], self.model)
         self.progress = Progress()
         self.batches = Batches(
@@ -178,7 +219,8 @@ class Session:
             self.device,
         )
         self.window = Window(self.strategy, self.batches, world, cfg["seed"], self.autocast)
-        self.prompts = [p for p in self.sample_prompts() if self.knows(p)]
+        writes = not hasattr(self.strategy, "use")  # else it says what its runs are for
+        self.prompts = [p for p in self.sample_prompts() if self.knows(p)] if writes else []
         self.folder = Path()
         self.whole: set[Path] = set()  # checkpoints verified in this process
 
@@ -199,11 +241,11 @@ class Session:
         found = self.batches.sets["val"].prompts(2)
         return [self.tokenizer.decode(ids) for ids in found] or list(self.data.prompts)
 
-    def claim(self, job: tuple[str, int, str] | None) -> Path:
+    def claim(self, job: tuple[Path, bool] | None) -> Path:
         if self.cfg["resume"] is not None:
             return Path(self.cfg["resume"])
         if job is not None:
-            return runs.claim_job(Path(job[0]), job[1], job[2])
+            return runs.claim_job(job[0]) if job[1] else runs.take(job[0])
         return runs.claim(self.cfg["runs_dir"], self.cfg["tag"])
 
     @property
@@ -254,16 +296,16 @@ class Session:
         )
         pairs = [(p, r.text) for p, r in zip(self.prompts, rows)]
         for i, (prompt, text) in enumerate(pairs):
-            self.tracker.text(step, f"sample/{i}", prompt + text)
+            self.tracker.text(step, f"sample/{i}", scrub(prompt + text))
         return pairs
 
     # ------------------------------------------------------------ from start to end
 
-    def run(self, overrides: list[str]) -> int:
+    def run(self, overrides: list[str], choices: dict[str, Any]) -> int:
         """Train to the end, evaluate, export and say what to type next. -> exit code."""
         from etude import saving, summary
         from etude.display import Display
-        from etude.loop import fit, horizon, reached
+        from etude.loop import fit, goal, horizon, reached
         from etude.track import Jsonl, Trackers
 
         cfg, main = self.cfg, self.world.rank == 0
@@ -272,28 +314,37 @@ class Session:
             self.ref = self.cached_reference(display.say)
         if cfg["resume"] is not None:
             saving.restore(self)
-        limit = horizon(cfg, self.batches, self.window.iterations)
+        per_token = self.model.flops_per_token(self.data.seq_len)
+        limit = horizon(cfg, self.batches, self.window.iterations, per_token)
         if limit is not None and self.progress.step >= limit:
+            self.conclude()
             display.say(
                 f"{self.folder} is complete: {self.progress.step} steps. To train on: python train.py resume={self.folder} max_steps={2 * self.progress.step}"
             )
             return 0
         if reached(self.strategy, self.progress, cfg["stop_at"]):
+            self.conclude()
             display.say(
                 f"{self.folder} is complete: it reached stop_at. To train on: python train.py resume={self.folder} stop_at=null"
             )
             return 0
-        self.tracker = Trackers(Jsonl(), {name: conf.build(node) for name, node in cfg["tracker"].items()})
+        self.tracker = Trackers(Jsonl(), cfg["tracker"])
         status = runs.Status(self.folder)
+        name, sign = goal(self.strategy)
+        status.fields["goal"] = {"metric": f"val/{name}", "mode": "min" if sign == 1 else "max"}
         if main:
             if cfg["resume"] is None:
-                runs.write_metadata(self.folder, cfg, overrides, self.meta, self.model_size(), str(self.device))
+                data = self.meta | {"start_sha256": self.start_sha256}
+                runs.write_metadata(self.folder, cfg, overrides, choices, data, self.model_size(), self.machine())
             else:
                 runs.note_resume(self.folder, cfg, overrides, self.progress.step)
             if cfg["lora"] is not None:
                 saving.write_base(self)
             status.write()
-            self.tracker.open(self.folder, cfg, self.progress.step)
+            self.tracker.open(self.folder, self.progress.step)
+        source = None if cfg["reproduce"]["run"] is None else Path(cfg["reproduce"]["run"])
+        if main and source is not None and not (self.folder / "reproduction.json").exists():
+            display.say("\n".join(reproduce.begin(source, self.folder, cfg)))
         display.say(summary.at_start(self, limit))
         if cfg["compile"]:
             for model in (self.model, self.ref):
@@ -301,8 +352,8 @@ class Session:
                     block.compile()
         model = self.parallel.wrap(self.model, self.world)
         try:
-            reason = fit(
-                settings=cfg,
+            part = functools.partial(
+                fit,
                 model=model,
                 ref=self.ref,
                 strategy=self.strategy,
@@ -323,13 +374,18 @@ class Session:
                 peak_flops=self.peak_flops,
                 folder=self.folder,
             )
+            for until, limits in [] if source is None else reproduce.stages(source):
+                if self.progress.step < until:  # its rate followed other limits then
+                    part(settings=cfg | limits, until=until)
+            reason = part(settings=cfg)
             if main:
                 saving.export(self)
                 display.stop()
                 status.end("completed", self.progress.step)
                 text = summary.at_end(self, reason, status)
+                text += [] if source is None else ["", reproduce.conclude(self.folder)]
                 status.summarize(text)
-                display.say("\n".join(text))
+                display.say(scrub("\n".join(text)))
             return 0
         except BaseException as error:
             if main:
@@ -342,12 +398,25 @@ class Session:
                         why,
                         getattr(error, "code", 3 if stopped else 1),
                     )
-                    status.summarize([f"step {self.progress.step}"])
+                    outcome = [] if source is None else [reproduce.conclude(self.folder)]
+                    if outcome:
+                        display.say(outcome[0])
+                    status.summarize([f"step {self.progress.step}", *outcome])
             raise
         finally:
             display.stop()
             if main:
                 self.tracker.close()
+
+    def machine(self) -> dict[str, Any]:
+        """For meta/env.txt: what decides how sums are rounded, beside the packages."""
+        import torch
+
+        found: dict[str, Any] = {"device": self.device}
+        if self.device.type == "cuda":
+            found["accelerator"] = torch.cuda.get_device_name(self.device)
+        threads = torch.get_num_threads()
+        return found | {"threads": threads, "precision": self.precision, "processes": self.world.size}
 
     def model_size(self) -> dict[str, int]:
         """For meta/model.json. Embedding and position tables count as embeddings, a tied head with them."""
@@ -361,6 +430,20 @@ class Session:
             "params_non_embedding": n - sum(tables) - untied * self.model.head.weight.numel(),
             "flops_per_token": self.model.flops_per_token(self.data.seq_len),
         }
+
+    def conclude(self) -> None:
+        """What a run that was killed between its last checkpoint and its end has left to do."""
+        from etude import saving
+
+        if self.world.rank != 0 or json.loads((self.folder / "status.json").read_text())["status"] == "completed":
+            return
+        saving.export(self)
+        status = runs.Status(self.folder)
+        for row in (self.folder / "logs" / "metrics.jsonl").read_text().splitlines():
+            status.fields["metrics"] = status.fields.get("metrics", {}) | json.loads(row)
+        status.fields["metrics"].pop("step")
+        status.end("completed", self.progress.step)
+        status.summarize([f"step {self.progress.step}"])
 
     def cached_reference(self, say: Callable[[str], None]) -> Any:
         """The log-probabilities that the model, still untrained, gives the data."""

@@ -83,7 +83,7 @@ class Data:
                 raise Refusal(
                     "data.isolate_documents=true needs a tokenizer with an end token: use tokenizer=bpe or tokenizer=byte"
                 )
-        elif prepared.meta["kind"] in ("pairs", "prompts", "groups") and self.layout != "documents":
+        elif prepared.meta["kind"] not in ("text", "chats") and self.layout != "documents":
             raise Refusal(f"{prepared.meta['kind']} are trained row by row: set data.layout=documents")
 
 

@@ -41,13 +41,13 @@ def encode(
     examples: Sequence[Example], tokenizer: Tokenizer, kind: str, train_on: str = "assistant"
 ) -> list[list[Document] | BadRow]:
     """The documents of each example, or what is wrong with it: one of a text (all targets, no end token), a chat or a prompt
-    (no targets), (chosen, rejected) of a pair, and each completion of a group, behind its prompt.
+    (no targets), (chosen, rejected) of a pair, a labelled answer, and each completion of a group, behind its prompt.
 
     A chat is rendered whole and tokenised in one go; a token is a target if a character of it is. A prompt and a completion
     that are strings are tokenised apart, as they are when the model answers, and an end token follows; plain text
     among chats is a completion without a prompt. Special tokens are recognised in all of them, but not in kind "text".
     `train_on`: "assistant", every turn of the assistant; "completion", its last one; "all". Of a prompt with a completion the
-    first two are the completion's, and pairs and groups are always trained on those. But in kind "text" a document's first token is no
+    first two are the completion's, and pairs, labelled rows and groups are always trained on those. But in kind "text" a document's first token is no
     target."""
     if train_on not in TRAIN_ON:
         raise Refusal(f"data.train_on={train_on} is unknown{did_you_mean(train_on, list(TRAIN_ON))}")
@@ -189,6 +189,6 @@ def _checked(documents: list[Document], kind: str) -> list[Document] | BadRow:
         return documents if len(documents[0].ids) else BadRow("the prompt has no token")
     if not all(d.targets.any() for d in documents):
         return BadRow("no target: no token of the row is to be predicted from one before it")
-    if kind == "pairs" and np.array_equal(documents[0].ids, documents[1].ids):
+    if kind in ("pairs", "labelled") and len(documents) == 2 and np.array_equal(documents[0].ids, documents[1].ids):
         return BadRow("chosen and rejected are the same tokens: there is nothing to prefer")
     return documents

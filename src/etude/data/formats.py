@@ -7,6 +7,7 @@ where no other format is found):
     chats    messages · conversations or conversation (ShareGPT) · prompt + completion, prompt + response or
              question + answer · instruction + output (Alpaca) · text
     pairs    chosen + rejected, with or without prompt
+    labelled prompt + completion + label, prompt + response + label; chosen + rejected, which is two of them
     prompts  prompt, question or messages that end in a user's turn; the other keys are kept
     groups   prompt + completions + rewards, prompt + responses + rewards
 """
@@ -16,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     "alpaca": (("instruction", "output"),),
     "completion": (("prompt", "completion"), ("prompt", "response"), ("question", "answer")),
     "preference": (("chosen", "rejected"),),
+    "labelled": (("prompt", "completion", "label"), ("prompt", "response", "label")),
     "prompt": (("prompt",), ("question",), ("messages",)),
     "group": (("prompt", "completions", "rewards"), ("prompt", "responses", "rewards")),
 }
@@ -40,14 +42,23 @@ TAKES = {
     "text": ("text",),
     "chats": ("messages", "sharegpt", "completion", "alpaca", "text"),
     "pairs": ("preference",),
+    "labelled": ("labelled", "preference"),
     "prompts": ("prompt",),
     "groups": ("group",),
 }
 KINDS = tuple(TAKES)
-STRATEGIES = {"text": "seq", "chats": "sft", "pairs": "dpo", "prompts": "grpo", "groups": "grpo"}
+STRATEGIES = {
+    "text": "seq",
+    "chats": "sft",
+    "pairs": "dpo",
+    "labelled": "kto",
+    "prompts": "grpo",
+    "groups": "grpo",
+}
 CALLED = {
     "group": "a group of completions with rewards",
     "preference": "a preference row",
+    "labelled": "a labelled completion",
     "messages": "a chat",
     "sharegpt": "a ShareGPT chat",
     "completion": "a prompt with a completion",
@@ -66,12 +77,6 @@ LARGEST = 3.4e38  # of a reward: they are kept as float32
 PASSED_ON = ("name", "reasoning_content")  # keys of a message that templates know beside role and content
 
 
-KTO = (
-    "label says whether the completion is good (KTO), which is not supported: make pairs of the rows with the same prompt, "
-    "the true one chosen and the false one rejected, for data=pairs strategy=dpo"
-)
-
-
 class BadRow(ValueError):
     """A row that cannot be used: one line with what is wrong and what to do, without the file and line. What is this row's
     own comes behind the first ":" or ";"."""
@@ -86,7 +91,8 @@ class BadRow(ValueError):
 class Example:
     """`prompt` is "" or [] where there is none. `answers`: of text the text; of a chat all its messages; of a prompt with a
     completion that; of a preference (chosen, rejected); of a prompt nothing; of a group its completions. `fields`, which can
-    be written as JSON, are a prompt's other keys, and of a group {"rewards": [a number or None for each completion]}."""
+    be written as JSON, are a prompt's other keys, of a group {"rewards": [a number or None for each completion]}, and of
+    labelled answers {"labels": [whether each is good]}."""
 
     prompt: str | list[Message]
     answers: list[str | list[Message]]
@@ -175,6 +181,11 @@ def normalise(row: dict[str, Any], kind: str, format: str = "auto", rename: Mapp
         case "completion":
             prompt, answers = _answered(row, keys[0], keys[1:])
             return Example(prompt, answers)
+        case "labelled":
+            prompt, answers = _answered(row, keys[0], keys[1:2])
+            return Example(prompt, answers, {"labels": [_label(row["label"])]})
+        case "preference" if kind == "labelled":
+            return replace(_preference(row), fields={"labels": [True, False]})
         case "preference":
             return _preference(row)
         case "group":
@@ -193,25 +204,28 @@ def _recognise(
             for keys in KEYS[candidate]:
                 if all(map(counts, keys)):
                     if candidate == "completion" and format == "auto" and _labelled(row):
-                        raise BadRow(f"{KTO}, or train on all of them alike with data.format=completion")
+                        raise BadRow(
+                            "label says whether the completion is good: use data=labelled strategy=kto, or train on all of them alike with data.format=completion"
+                        )
                     return candidate, keys
     wanted = [keys for f in formats for keys in KEYS[f]]
     expected = ", ".join(" + ".join(keys) for keys in wanted)
     absent = ", ".join(f"{o}: {t}" for o, t in rename.items() if t not in given)
     if absent:
         hint = f"data.rename={{{absent}}} names keys that are not there"
-    elif _labelled(row):
-        hint = KTO
     else:
         other = _other_kind(row, kind)
-        misspelt = "" if CALLED["group"] in other else _misspelt(given, wanted)  # completions are no completion
+        clear = CALLED["group"] in other or CALLED["labelled"] in other  # completions are no completion
+        misspelt = "" if clear else _misspelt(given, wanted)
         hint = misspelt or other + f"name the keys with data.rename={{{_example(given, wanted)}}}"
     raise BadRow(f"the row lacks keys for data={kind}; keys found: {_names(given)}; keys expected: {expected}; {hint}")
 
 
 def _labelled(row: Mapping[str, Any]) -> bool:
-    """A row for KTO (Ethayarajh et al. 2024)."""
-    return row.get("prompt") is not None and row.get("completion") is not None and isinstance(row.get("label"), bool)
+    """A row for KTO (Ethayarajh et al. 2024): other labels say something else."""
+    return isinstance(row.get("label"), bool) and any(
+        all(row.get(k) is not None for k in keys) for keys in KEYS["labelled"]
+    )
 
 
 def _misspelt(row: dict[Any, Any], wanted: list[tuple[str, ...]]) -> str:
@@ -224,6 +238,8 @@ def _misspelt(row: dict[Any, Any], wanted: list[tuple[str, ...]]) -> str:
 
 def _other_kind(row: dict[str, Any], kind: str) -> str:
     for format, name in CALLED.items():
+        if format == "labelled" and not _labelled(row):
+            continue
         if any(all(row.get(k) is not None for k in keys) for keys in KEYS[format]):
             if format in TAKES[kind]:
                 return f"this is {name}: leave data.format out, or "
@@ -347,6 +363,12 @@ def _group(row: dict[str, Any], key: str) -> Example:
     _prompt(row, "prompt")
     prompt, answers = _answered({"prompt": row["prompt"]} | each, "prompt", tuple(each))
     return Example(prompt, answers, {"rewards": numbers})
+
+
+def _label(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise BadRow(f"label is {_what(value)}; it should be true where the completion is good, else false")
+    return value
 
 
 def _reward(value: Any, place: str) -> float | None:

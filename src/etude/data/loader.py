@@ -103,11 +103,12 @@ class Documents(Dataset):
         self.kind: str = prepared.meta["kind"]
         self.compares = self.kind in ("pairs", "groups")  # documents of a sample stand or fall together
         self.ids = prepared.ids(split)
-        masked = self.kind in ("chats", "pairs", "groups")
+        masked = self.kind in ("chats", "pairs", "labelled", "groups")
         self.masks = Flat(prepared.store, f"{split}/targets") if masked else None
         self.fields = (
             [Flat(prepared.store, f"{split}/{n}") for n in ("fields", "fields_ends")] if self.kind == "prompts" else []
         )
+        self.labels = Flat(prepared.store, f"{split}/labels")[:] > 0 if self.kind == "labelled" else None
         self.filler: int = prepared.meta["eos"] or 0  # what padding holds; no one attends to it, and it is no target
         self.fixed_width = data.layout == "packed"
         self.dropped: Counter[str] = Counter()
@@ -158,7 +159,7 @@ class Documents(Dataset):
                 raise Refusal(
                     f"document {owner[i] + 1} of the {self.split} split has {end[i] - begin[i]} tokens and data.seq_len={self.seq_len}: raise it, or set data.overlong to right, left or drop"
                 )
-            if overlong == "split" and self.kind in ("pairs", "prompts", "groups"):
+            if overlong == "split" and self.kind not in ("text", "chats"):
                 raise Refusal(f"{self.kind} cannot be split: set data.overlong to right, left or drop")
             if overlong == "split":
                 self.dropped["overlong, split"] += int(long.sum())
@@ -216,7 +217,7 @@ class Documents(Dataset):
         """-> tokens, targets, doc_ids (rows, T); rows is B, or 2B for pairs: chosen, rejected, chosen, ... doc_ids count the
         documents of a row, -1 is padding. Of prompts: tokens, doc_ids, and `fields`, a row's other keys. Of groups a row is
         a completion, and there are group (rows,) int64, its group's number in the batch, and rewards (rows,) float32, NaN
-        where there is none."""
+        where there is none. Of labelled answers: labels (rows,) bool, whether each is good."""
         whole = self.kind == "prompts"
         samples = [self.rows(i) for i in indices]
         rows = [row for sample in samples for row in sample]
@@ -246,13 +247,19 @@ class Documents(Dataset):
         if whole:
             return batch | {"fields": [self.fields_of(self.rows(i)[0][0]) for i in indices]}
         batch["targets"] = torch.from_numpy(targets)
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[self.row_of[[row[0] for row in rows]]])
         if self.kind == "groups":
             batch["group"] = torch.from_numpy(owner)
             batch["rewards"] = torch.from_numpy(self.rewards[self.row_of[[row[0] for row in rows]]])
         return batch
 
     def spread(self) -> str:
-        """How many completions groups have, and in how many of them none is better than another."""
+        """How many completions groups have, and in how many of them none is better than another; how many labelled answers
+        are good."""
+        if self.labels is not None:
+            good = int(self.labels[self.row_of].sum())
+            return f": {good:,} desirable, {len(self) - good:,} undesirable"
         if self.kind != "groups":
             return ""
         sizes, each = np.diff(self.starts), np.split(self.rewards[self.row_of], self.starts[1:-1])
@@ -359,6 +366,8 @@ def merge(groups: list[Batch], places: list[np.ndarray]) -> Batch:
     filling = {"tokens": 0, "targets": IGNORED, "doc_ids": PADDING}
     out: Batch = {k: torch.full((int(sizes.sum()), T), v) for k, v in filling.items() if k in names}
     out |= {"fields": [{}] * n} if "fields" in names else {}
+    if "labels" in names:
+        out["labels"] = torch.zeros(n, dtype=torch.bool)
     if "group" in names:
         out["group"] = torch.from_numpy(np.repeat(np.arange(n), sizes))
         out["rewards"] = torch.zeros(int(sizes.sum()))
@@ -370,7 +379,7 @@ def merge(groups: list[Batch], places: list[np.ndarray]) -> Batch:
             if name == "fields":
                 for i, fields in zip(at, value):
                     out["fields"][i] = fields
-            elif name == "rewards":
+            elif name in ("rewards", "labels"):
                 out[name][rows] = value
             elif name != "group":
                 out[name][rows, : value.shape[1]] = value

@@ -1,5 +1,5 @@
-"""Rows for post-training: chats, preference pairs, prompts with answers, groups of completions with rewards. Without a
-path, built-in ones made by code."""
+"""Rows for post-training: chats, preference pairs, labelled answers, prompts with answers, groups of completions with
+rewards. Without a path, built-in ones made by code."""
 
 import dataclasses
 import json
@@ -107,6 +107,13 @@ class Pairs(Questions):
 
     kind = "pairs"
     make = staticmethod(synthetic.pairs)
+
+
+class Labelled(Questions):
+    """A prompt with one answer, and whether that is a good one."""
+
+    kind = "labelled"
+    make = staticmethod(synthetic.labelled)
 
 
 class Prompts(Questions):

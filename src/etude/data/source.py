@@ -29,7 +29,7 @@ READ = 1 << 20  # bytes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Files and how documents are made of them. `kind`: text, chats, pairs, prompts or groups. `split`: "hash" puts a
+    """Files and how documents are made of them. `kind`: text, chats, pairs, labelled, prompts or groups. `split`: "hash" puts a
     document into validation by its content, "prompt" by what it asks, "position" the last characters of all. `separator` parts text files into documents."""
 
     kind: str

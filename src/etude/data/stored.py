@@ -15,6 +15,7 @@ USUAL: dict[str, tuple[Any, Any, Any]] = {
     "text": ("windows", "split", "random"),
     "chats": ("packed", "right", "shuffle"),
     "pairs": ("documents", "right", "shuffle"),
+    "labelled": ("documents", "right", "shuffle"),
     "prompts": ("documents", "drop", "shuffle"),
     "groups": ("documents", "drop", "shuffle"),
 }

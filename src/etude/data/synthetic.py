@@ -263,6 +263,22 @@ def pairs(n: int, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
+def labelled(n: int, seed: int) -> Iterator[dict[str, Any]]:
+    """{"prompt": [...], "completion": [...], "label": true}: the right answer in half of the rows, and in the others
+    (false) a wrong one, or the right one in many words."""
+    for i in range(n):
+        rng = _rng("labelled", seed, i)
+        problem = _problem(rng)
+        system = [_said("system", rng.choice(PLAIN))] if rng.randrange(3) == 0 else []
+        bad = problem.wrong if rng.randrange(3) else rng.choice(WORDY).format(problem.answer)
+        label = bool(rng.randrange(2))
+        yield {
+            "prompt": [*system, _said("user", problem.question)],
+            "completion": [_said("assistant", problem.answer if label else bad)],
+            "label": label,
+        }
+
+
 def prompts(n: int, seed: int) -> Iterator[dict[str, Any]]:
     """{"prompt": [...], "answer": "42", "task": "add"}: a question, the only right answer to it, and what it is about."""
     for i in range(n):
@@ -306,6 +322,10 @@ def arithmetic(kind: str, n: int, seed: int, digits: int, operations: list[str])
                 yield {"prompt": asked, "completion": right}
             case "pairs":
                 yield {"prompt": asked, "chosen": right, "rejected": [_said("assistant", problem.wrong)]}
+            case "labelled":
+                label = bool(rng.randrange(2))
+                said = right if label else [_said("assistant", problem.wrong)]
+                yield {"prompt": asked, "completion": said, "label": label}
             case "prompts":
                 yield {"prompt": asked, "answer": problem.answer, "task": problem.task}
             case "groups":

@@ -29,13 +29,15 @@ Arrays = dict[str, list[np.ndarray]]
 
 def parts(kind: str) -> dict[str, str]:
     """The arrays of a split by name, with their types ("ids": as wide as the vocabulary needs). `ends` are the places in
-    `tokens` where documents end; `targets` marks the tokens to be predicted; `fields` are a row's other keys as JSON; `rewards` are each document's, NaN
-    where there is none, and `groups_ends` the places among the documents where groups end."""
+    `tokens` where documents end; `targets` marks the tokens to be predicted; `fields` are a row's other keys as JSON;
+    `labels` say of each document whether it is good (1); `rewards` are each document's, NaN where there is none, and
+    `groups_ends` the places among the documents where groups end."""
     targets = {"targets": "uint8"}
     more = {
         "text": {},
         "chats": targets,
         "pairs": targets,
+        "labelled": targets | {"labels": "uint8"},
         "prompts": {"fields": "uint8", "fields_ends": "int64"},
         "groups": targets | {"rewards": "float32", "groups_ends": "int64"},
     }
@@ -135,6 +137,8 @@ def encode_unit(source: Source, folder: Path, unit: Unit, plan: Plan) -> tuple[A
             out[f"{split}/ends"].append(np.array([len(document.ids)]))
             if source.kind != "prompts":
                 out[f"{split}/targets"].append(document.targets.astype(np.uint8))
+        if source.kind == "labelled":
+            out[f"{split}/labels"].append(np.array(example.fields["labels"], dtype=np.uint8))
         if source.kind == "groups":
             rewards = [math.nan if r is None else r for r in example.fields["rewards"]]
             out[f"{split}/rewards"].append(np.array(rewards, dtype=np.float32))

@@ -65,7 +65,7 @@ def pack(model: nn.Module, dtype: torch.dtype, quant: Literal["int8"] | None, na
             _own(module, absorb=absorb, expand=expand)
     if native and twin.logit_cap is not None:
         tanh, cap = steady(torch.tanh), twin.logit_cap
-        _own(twin, logits=lambda x: cap * tanh(twin.head(x).float() / cap))
+        _own(twin, logits=lambda x: cap * tanh(twin.head(twin.outgoing(x)).float() / cap))
     routers = {id(m.router) for m in twin.modules() if isinstance(m, MoE)}
     for module in modules:
         if isinstance(module, nn.Linear) and module.weight is not None and id(module) not in routers:

@@ -656,6 +656,8 @@ def canonical(node: Node) -> Node:
     are equal."""
     n = copy.deepcopy(node)
     n |= {"dropout": 0.0, "init_std": None, "checkpoint": False}
+    for key in ("mup", "mup_base"):  # what they do to the function is written into the weights: interop.fold
+        n.pop(key, None)
     if n["embed_scale"] == 1.0:
         n["embed_scale"] = None
     attn = n["attn"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from etude import checkpoint
 from etude.config import build
 from etude.errors import Interrupted, Refusal, StorageFault
-from etude.interop import architectures
+from etude.interop import architectures, fold
 from etude.interop.architectures import Architecture, Config, Entry, Node
 from etude.model import weights
 from etude.parallel import StopSignals
@@ -194,9 +194,9 @@ def to_hugging_face(folder: Path, writer: "Writer", trusted: list[str]) -> str:
         )
     weights.check_parts(ours["model"], trusted)
     arch, config = architectures.write(ours["model"], ours.get("architecture"))
-    stored, to = weights.Stored(folder), writer.folder
+    stored, to, factors = weights.Stored(folder), writer.folder, fold.factors(ours["model"])
     for entry in _entries(arch, ours["model"], ours["vocab_size"]):
-        tensors = entry.unpack([stored.get(n) for n in entry.ours])
+        tensors = entry.unpack([stored.get(n) * factors[n] if n in factors else stored.get(n) for n in entry.ours])
         for name, tensor in zip(entry.theirs, tensors, strict=True):
             writer.add(name, tensor, cast=not entry.ours[0].endswith(EXACT))
     writer.close()

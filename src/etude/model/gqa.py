@@ -58,6 +58,7 @@ class GQA(nn.Module):
         )
         n_kv_heads = n_kv_heads or n_heads
         self.head_dim = head_dim or dim // n_heads
+        self.scale = self.head_dim**-0.5
         self.n_heads, self.n_kv_heads, self.dropout = n_heads, n_kv_heads, dropout
         self.rope = rope if rope_layers is None or parts.at_layer(rope_layers, layer) else None
         self.window: int | None = parts.at_layer(window, layer)
@@ -133,11 +134,10 @@ class GQA(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = self.turn(q, positions), self.turn(k, positions)
-        scale = self.head_dim**-0.5
         if cache is None:
-            y = attend(q, k, v, documents, scale, self.window)
+            y = attend(q, k, v, documents, self.scale, self.window)
         else:
-            y = cache.attend(q, k, v, scale, self.window)
+            y = cache.attend(q, k, v, self.scale, self.window)
         y = y.transpose(1, 2).reshape(B, T, -1)
         if gate:
             y = y * torch.sigmoid(gate[0])

@@ -1,5 +1,6 @@
 """The decoder that all language models here are: embedding, blocks of attention and feed-forward, norm, head."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,12 @@ class Transformer(nn.Module):
     embedding). `max_len` is how many positions there are: a hard limit of learned ones only. `embed_scale` multiplies
     the embedding (null: 1), `residual_scale` what each part adds to the stream (1: nothing), and `logit_cap` c makes
     logits c tanh(z / c) (null: as they are). Initialisation is the table in roles.py.
+
+    `mup` is the maximal update parametrisation (Yang et al. 2022): what is good for the base model, which `mup_base` says,
+    is good for a wider one. The base has the same settings but dim=mup_base, or whatever a mapping like
+    {dim: 128, attn: {n_heads: 4}} says, and for it nothing changes. Initialisation, rates and decay go by how much wider a
+    matrix is than the base's (roles.py), the head's input is multiplied by base dim / dim, and an attention's `scale`,
+    1 / sqrt(d) for heads of d channels, becomes sqrt(base d) / d.
     Raises ValueError for settings that do not fit together."""
 
     tp_plan = {"embed": "row", "head": "col"}
@@ -83,6 +90,8 @@ class Transformer(nn.Module):
         attn: Callable[[int, int], nn.Module],
         ffn: Callable[[int, int], nn.Module],
         norm: Callable[[int], nn.Module],
+        mup: bool = False,  # defaults: of exports that were written before there was this
+        mup_base: int | dict[str, Any] = 128,
     ):
         settings = {k: v for k, v in locals().items() if k not in ("self", "vocab_size", "__class__")}
         super().__init__()
@@ -90,7 +99,7 @@ class Transformer(nn.Module):
         self.vocab_size, self.dim, self.n_layers = vocab_size, dim, n_layers
         self.max_len, self.pos, self.dropout = max_len, pos, dropout
         self.embed_scale, self.logit_cap = embed_scale, logit_cap
-        self.init_std, self.checkpoint = init_std or 0.02 * (768 / dim) ** 0.5, checkpoint
+        self.checkpoint = checkpoint
         self.embed = nn.Embedding(vocab_size, dim)
         self.pos_embed = nn.Embedding(max_len, dim) if pos == "learned" else None
         self.blocks = nn.ModuleList(
@@ -100,12 +109,47 @@ class Transformer(nn.Module):
         self.head = nn.Linear(dim, vocab_size, bias=False)
         if tied:
             self.head.weight = self.embed.weight
+        self.base_shapes: dict[str, torch.Size] = {}  # of the base model's parameters, by name; none without muP
+        self.output_scale, base_dim = 1.0, dim
+        if mup:
+            base = base_model(settings, mup_base)
+            base_dim = base.dim
+            self.base_shapes = {name: p.shape for name, p in base.named_parameters()}
+            self.output_scale = base_dim / dim
+            for mine, its in zip(self.attentions(), base.attentions()):
+                if hasattr(mine, "scale"):
+                    mine.scale *= mine.scale / its.scale
+        self.init_std = init_std or 0.02 * (768 / base_dim) ** 0.5
 
     @staticmethod
     def check(
-        dim: int, n_layers: int, max_len: int, pos: str, logit_cap: float | None, dropout: float, attn: dict
+        dim: int,
+        n_layers: int,
+        max_len: int,
+        pos: str,
+        logit_cap: float | None,
+        dropout: float,
+        attn: dict,
+        ffn: dict,
+        mup_base: int | dict = 128,
     ) -> None:
         """Raises ValueError for settings that do not fit together; config.py runs it before torch is imported."""
+        base = mup_base if isinstance(mup_base, dict) else {"dim": mup_base}
+        if not isinstance(base.get("dim"), int) or base["dim"] < 1:
+            raise ValueError(
+                f"model.mup_base={mup_base} should be the base model's dim, at least 1, or a mapping with dim"
+            )
+        left: list[tuple[str, dict, dict]] = [("", base, {"dim": dim, "attn": attn, "ffn": ffn})]
+        for path, changes, node in left:
+            for key, value in changes.items():
+                known = key in node and not key.startswith("_")
+                part = known and isinstance(node[key], dict) and node[key].get("_partial_", False)
+                if not known or isinstance(value, dict) != part:
+                    raise ValueError(
+                        f"model.mup_base{path}.{key}={value} changes nothing of the model: it has no such setting"
+                    )
+                if isinstance(value, dict):
+                    left.append((f"{path}.{key}", value, node[key]))
         for name, value in (("dim", dim), ("n_layers", n_layers), ("max_len", max_len)):
             if value < 1:
                 raise ValueError(f"{name}={value} should be at least 1; set model.{name}")
@@ -129,7 +173,8 @@ class Transformer(nn.Module):
             if (role := roles.role(name, p)) == "vector":
                 nn.init.zeros_(p)
             else:
-                nn.init.normal_(p, std=roles.init_std(role, self.init_std, self.n_layers))
+                wider = roles.wider(name, p, self.base_shapes)
+                nn.init.normal_(p, std=roles.init_std(role, self.init_std, self.n_layers, *wider))
         for module in self.modules():
             own = getattr(module, "init_weights", None)
             if module is not self and own is not None:
@@ -200,7 +245,11 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """States (..., D) -> logits (..., V) in fp32."""
-        return head.soft_cap(self.head(x).float(), self.logit_cap)
+        return head.soft_cap(self.head(self.outgoing(x)).float(), self.logit_cap)
+
+    def outgoing(self, x: Tensor) -> Tensor:
+        """Final states (..., D) as the head takes them."""
+        return x if self.output_scale == 1 else x * self.output_scale
 
     def forward(
         self,
@@ -221,7 +270,7 @@ class Transformer(nn.Module):
         x, aux = self.hidden(tokens, positions, doc_ids, cache, branches)
         if targets is None:
             return self.logits(x)
-        return head.scores(x, self.head.weight, targets, self.logit_cap), aux
+        return head.scores(self.outgoing(x), self.head.weight, targets, self.logit_cap), aux
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Write model.safetensors and config.json (and tokenizer.json): what from_pretrained and generate.py read."""
@@ -239,6 +288,25 @@ class Transformer(nn.Module):
         random: the parameters are made on the meta device and become the tensors read. `dtype` None keeps the files'.
         Raises Refusal for a folder that holds none, and for targets outside the packages in `trusted`."""
         return weights.from_pretrained(Path(folder), device, dtype, list(trusted))
+
+
+def base_model(settings: dict[str, Any], base: int | dict[str, Any]) -> Transformer:
+    """The model that muP compares one of these settings with, on the meta device."""
+    changes = base if isinstance(base, dict) else {"dim": base}
+    settings = settings | {"mup": False} | {k: changed(settings[k], v) for k, v in changes.items()}
+    try:
+        with torch.device("meta"):
+            return Transformer(1, **settings)
+    except ValueError as error:
+        raise ValueError(f"model.mup_base={base}: of the base model {error}") from None
+
+
+def changed(setting: Any, change: Any) -> Any:
+    """A part with other settings, or another setting."""
+    if not isinstance(change, dict):
+        return change
+    new = {k: changed(setting.keywords.get(k), v) for k, v in change.items()}
+    return functools.partial(setting.func, *setting.args, **setting.keywords | new)
 
 
 def gather(said: list[Aux]) -> Aux | None:

@@ -135,7 +135,7 @@ class GRPO:
         self.scale, self.reduction = scale, REDUCTIONS[reduction]
         self.mask_overlong, self.drop_silent = mask_overlong, drop_silent
         self.correction, self.correction_level, self.correction_cap = correction, correction_level, correction_cap
-        self.layout, self.judge = layout, Judge(rewards)
+        self.layout, self.judge = layout, Judge(rewards, tokenizer)
         self.needs_reference = beta > 0
 
     @staticmethod
@@ -264,7 +264,7 @@ class GRPO:
         rows = [rollout.row_of(c) for c in completions]
         truncated = torch.tensor([c.finish == "length" for c in completions], dtype=torch.bool)
         texts = [rollout.text_of(row, cut, self.tokenizer) for row, cut in zip(rows, truncated.tolist())]
-        rewards, metrics = rollout.verdict(self.judge(texts, [f for f in fields for _ in range(n)]))
+        rewards, metrics = rollout.verdict(self.judge(rows, texts, [f for f in fields for _ in range(n)]))
         return Rollout(
             rows=rows,
             group=torch.arange(len(fields)).repeat_interleave(n),

@@ -20,7 +20,7 @@ from etude.strategy.seq import Metrics
 from etude.text.tokenizer import Tokenizer
 
 EPS = 1e-4  # beside the standard deviation of rewards
-Reward = Callable[[str, dict[str, Any]], float | None]
+Reward = Callable[..., Any]  # see reward.py
 
 
 class Rollout(NamedTuple):
@@ -122,22 +122,26 @@ class Judge:
     """Rewards by name. One that returns None, raises, or returns what is no finite number has failed; the first exception
     of each is shown. A Refusal, which the user can act on, goes through."""
 
-    def __init__(self, rewards: dict[str, Reward]):
-        self.rewards = rewards
+    def __init__(self, rewards: dict[str, Reward], tokenizer: Tokenizer):
+        self.rewards, self.tokenizer = rewards, tokenizer
         self.told: set[str] = set()
 
-    def __call__(self, texts: list[str], fields: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """-> each reward of each text (N,) fp64, NaN where it failed."""
-        return {
-            name: torch.tensor([self.one(name, reward, t, f) for t, f in zip(texts, fields)], dtype=torch.float64)
-            for name, reward in self.rewards.items()
-        }
+    def __call__(self, rows: list[Row], texts: list[str], fields: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """-> each reward of each completion (N,) fp64, NaN where it failed."""
+        judged = {}
+        for name, reward in self.rewards.items():
+            if getattr(getattr(reward, "func", reward), "of_rows", False):
+                found = self.tried(name, together, reward, rows, self.tokenizer) or [None] * len(rows)
+            else:
+                found = [self.tried(name, reward, t, f) for t, f in zip(texts, fields)]
+            numbers = [self.tried(name, number, value) for value in found]
+            judged[name] = torch.tensor([math.nan if n is None else n for n in numbers], dtype=torch.float64)
+        return judged
 
-    def one(self, name: str, reward: Reward, text: str, fields: dict[str, Any]) -> float:
+    def tried(self, name: str, judge: Callable[..., Any], *given: Any) -> Any:
+        """What it returns, None where it raises."""
         try:
-            value = reward(text, fields)
-            value = math.nan if value is None else float(value)
-            return value if math.isfinite(value) else math.nan
+            return judge(*given)
         except EtudeError:
             raise
         except Exception as error:  # a reward is somebody's program: it may fail in any way
@@ -147,7 +151,20 @@ class Judge:
                     f"warning: reward {name} raised {type(error).__name__}: {error}; such completions teach nothing and are counted in reward/failed",
                     file=sys.stderr,
                 )
-            return math.nan
+            return None
+
+
+def together(reward: Reward, rows: list[Row], tokenizer: Tokenizer) -> list[Any]:
+    found = list(reward(rows, tokenizer))
+    if len(found) != len(rows):
+        raise ValueError(f"{len(found)} numbers for {len(rows)} completions")
+    return found
+
+
+def number(value: Any) -> float:
+    """A reward, NaN where it is no finite number."""
+    value = math.nan if value is None else float(value)
+    return value if math.isfinite(value) else math.nan
 
 
 def verdict(judged: dict[str, Tensor]) -> tuple[Tensor, Metrics]:

@@ -1,0 +1,138 @@
+"""What is shown of a sweep: a table that lives on a terminal, lines elsewhere, and at the end a table of every job."""
+
+import shutil
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table as Grid
+from rich.text import Text
+
+from etude.redact import redact_override
+from etude.sweep.job import Job, common
+
+STYLES = {"running": "cyan", "completed": "green", "failed": "red", "interrupted": "yellow", "pruned": "magenta"}
+# What a run is judged by, the first that it has.
+JUDGED_BY = ("val/full_loss", "val/full_reward/mean", "val/loss", "train/loss", "train/reward/mean")
+
+
+def duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+class Table:
+    """`mode` is train.py's progress: auto (live on a terminal, else lines), bar (live), lines, none (only the last table).
+    `total` is None where jobs are thought up as the sweep goes; `typed` are overrides that need not be shown."""
+
+    def __init__(self, mode: str, jobs: list[Job], total: int | None, typed: list[str], metric: str | None):
+        self.jobs, self.total, self.typed, self.metric = jobs, total, typed, metric
+        if mode == "auto":
+            mode = "bar" if sys.stdout.isatty() else "lines"
+        self.mode, self.shown = mode, 0.0
+        self.live: Live | None = None
+
+    def __enter__(self) -> "Table":
+        if self.mode == "bar":
+            self.live = Live(console=Console(), auto_refresh=False, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def name(self, job: Job) -> str:
+        """The overrides that tell a job from the others."""
+        shared = common(self.jobs, self.typed)
+        return " ".join(redact_override(o) for o in job.overrides if o not in shared)
+
+    def began(self, job: Job) -> None:
+        if self.mode == "lines":
+            again = " goes on" if job.record.get("step") else ""
+            gpus = f" on GPU {','.join(job.gpus)}" if job.gpus else ""
+            print(f"job {job.number}{again}: {self.name(job) or 'as it is'}{gpus}", flush=True)
+
+    def ended(self, job: Job) -> None:
+        if self.mode == "lines":
+            said = f", {job.why}" if job.why else ""
+            judged = self.judged(job)
+            value = f", {judged[0]} {judged[1]:.4g}" if judged and job.status == "completed" else ""
+            counts = f" ({sum(j.code is not None for j in self.jobs)} of {self.total or '?'} have ended)"
+            print(f"job {job.number} {job.status} in {duration(job.seconds)}{value}{said}{counts}", flush=True)
+
+    def show(self) -> None:
+        """Draw the live table anew, twice a second."""
+        if self.live is not None and time.monotonic() - self.shown > 0.5:
+            self.shown = time.monotonic()
+            self.live.update(self.now(), refresh=True)
+
+    def judged(self, job: Job) -> tuple[str, float] | None:
+        metrics = job.metrics
+        names = [self.metric] if self.metric else JUDGED_BY
+        return next(((n, metrics[n]) for n in names if isinstance(metrics.get(n), (int, float))), None)
+
+    def now(self) -> Grid:
+        """The running jobs and as many of the others as the screen has room for."""
+        counts = {s: n for s in STYLES if (n := sum(j.status == s for j in self.jobs))}
+        left = "" if self.total is None else f", {self.total - sum(counts.values())} waiting"
+        grid = Grid(box=None, pad_edge=False, title=", ".join(f"{n} {s}" for s, n in counts.items()) + left)
+        grid.title_justify = "left"
+        for column, side in (("job", "right"), ("overrides", "left"), ("status", "left"), ("step", "right")):
+            grid.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
+        grid.add_column("loss", justify="right")
+        grid.add_column("time", justify="right")
+        order = ("running", "failed", "interrupted", "pruned", "completed")
+        known = [j for j in self.jobs if j.status in order and not j.earlier]
+        known.sort(key=lambda j: (order.index(j.status), -j.number))
+        room = max(3, shutil.get_terminal_size().lines - 5)
+        for job in sorted(known[:room], key=lambda j: j.number):
+            record = job.record
+            steps = f"{record.get('step', 0)}/{record.get('steps') or '?'}"
+            loss = job.metrics.get("train/loss")
+            seconds = time.monotonic() - job.begun if job.status == "running" else job.seconds
+            grid.add_row(
+                str(job.number),
+                Text(self.name(job)),
+                Text(job.stopping or job.status, STYLES[job.status]),
+                steps,
+                f"{loss:.4f}" if isinstance(loss, float) else "",
+                duration(seconds),
+            )
+        return grid
+
+    def last(self) -> Grid:
+        """Every job that was looked at: its end, exit code, metric, and why it did not complete."""
+        judged = {id(j): self.judged(j) for j in self.jobs}
+        names = {found[0] for found in judged.values() if found}
+        metric = names.pop() if len(names) == 1 else "metric"
+        grid = Grid(box=None, pad_edge=False)
+        grid.add_column("job", justify="right")
+        grid.add_column("overrides", overflow="fold")
+        grid.add_column("status")
+        for column in ("exit", "step", "time", metric):
+            grid.add_column(column, justify="right")
+        if any(j.why for j in self.jobs):
+            grid.add_column("why", overflow="fold")
+        for job in sorted(self.jobs, key=lambda j: j.number):
+            found = judged[id(job)]
+            prefix = f"{found[0]} " if found and metric == "metric" else ""
+            grid.add_row(
+                str(job.number),
+                Text(self.name(job)),
+                Text(job.status + (" before" if job.earlier else ""), STYLES.get(job.status, "")),
+                "" if job.code is None else str(job.code),
+                str(job.record.get("step", "")),
+                "" if job.earlier or job.status == "waiting" else duration(job.seconds),
+                f"{prefix}{found[1]:.4f}" if found else "",
+                Text(job.why),
+            )
+        return grid
+
+    def print_last(self) -> None:
+        """On a terminal as wide as it is, elsewhere as wide as it takes."""
+        width = None if sys.stdout.isatty() else 400
+        Console(width=width, highlight=False).print(self.last())
