@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import varied_text
 from hydra import compose, initialize_config_dir
@@ -405,23 +406,14 @@ def test_the_answer_alone_is_printed(talker: Talker, capsys: pytest.CaptureFixtu
 def test_the_script_chats(talker: Talker) -> None:
     """As a process: a message with quotes and an equals sign; what is refused, in one line with exit code 2."""
     message = 'Say "a=b", it\'s ${x}'
-    command = [sys.executable, "generate.py", f"ckpt={talker[0]}", "temperature=0", "max_tokens=12"]
-
-    def run(*overrides: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
-            [*command, *overrides],
-            cwd=ROOT,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-        )
-
-    done = run("chat=true", f"prompt={message}", "system=You, there: be [brief]")
+    common = ["generate.py", f"ckpt={talker[0]}", "temperature=0", "max_tokens=12"]
+    chats = [sys.executable, *common, "chat=true", f"prompt={message}", "system=You, there: be [brief]"]
+    done = subprocess.run(chats, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True)
     assert done.returncode == 0 and done.stderr == b"", done.stderr
     assert done.stdout.decode() == answer(talker, [system("You, there: be [brief]"), user(message)]) + "\n"
-    done = run("prompt=Hello", "system=Be brief")
-    assert done.returncode == 2 and done.stdout == b""
-    assert done.stderr == b"error: system= is said to a chat: type chat=true as well\n"
+    refused = forked.run([*common, "prompt=Hello", "system=Be brief"], ROOT, environment())
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr == "error: system= is said to a chat: type chat=true as well\n"
 
 
 def test_refused_before_a_question_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from copy import deepcopy as copy_of
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -892,17 +893,13 @@ def test_one_shard_needs_no_index(originals: Callable[[str], Path], tmp_path: Pa
 
 
 def generate(*overrides: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "generate.py", *overrides], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    done = forked.run(["generate.py", *overrides], ROOT, environment())
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def script(*overrides: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "convert.py", *overrides], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    done = forked.run(["convert.py", *overrides], ROOT, environment())
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     return done.stdout
 

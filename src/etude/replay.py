@@ -70,6 +70,8 @@ def config_at(run: Path, step: int) -> dict:
     """The config with which the run took that step, with threads and precision as they were. Raises Refusal."""
     from hydra import compose, initialize_config_dir
 
+    if not (run / "meta" / "config.yaml").is_file():
+        raise Refusal(f"{run} is not a run: there is no meta/config.yaml in it; {USAGE}")
     last = reached(run)
     if step > last + 1:
         raise Refusal(f"step={step} is beyond the end of {run}, which did {last} steps; type step=<1 to {last}>")

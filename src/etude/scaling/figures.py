@@ -50,6 +50,9 @@ def plot_isoflop(table: "pd.DataFrame", fit: IsoFlop, params: str = "params") ->
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(ticker.EngFormatter(sep=""))
         axis.set_minor_formatter(ticker.NullFormatter())
+    spent = fit.minima["flops"].tolist()
+    right.set_xticks(spent, [f"{flops:.2g}" for flops in spent])
+    right.xaxis.set_minor_formatter(ticker.NullFormatter())
     _dress(left, LABELS.get(params, params), "validation loss (nats per token)")
     _dress(right, "training compute (FLOPs)", f"best size ({LABELS.get(params, params)})")
     left.legend(frameon=False, fontsize=8)
@@ -75,7 +78,7 @@ def plot_loss(table: "pd.DataFrame", fit: LossFit, params: str = "params") -> "F
     ends = [data["loss"].min(), data["loss"].max()]
     right.plot(ends, ends, color=PALETTE[-1], linewidth=1)
     left.set_xscale("log")
-    left.xaxis.set_major_formatter(engineering)
+    left.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     left.xaxis.set_minor_formatter(ticker.NullFormatter())
     _dress(left, "training data (tokens)", "validation loss (nats per token)")
     _dress(right, "fitted loss (nats per token)", "measured loss (nats per token)")

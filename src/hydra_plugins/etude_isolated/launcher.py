@@ -190,7 +190,9 @@ class IsolatedLauncher(Launcher):
             result.status, result.return_value = JobStatus.COMPLETED, job.metrics
         else:
             result.status = JobStatus.FAILED
-            code = Interrupted.code if job.status == "interrupted" else job.code or 1  # killed before it could save, too
+            code = (
+                Interrupted.code if job.status == "interrupted" else job.code or 1
+            )  # killed before it could save, too
             result.return_value = JobFailed(f"job {job.number} {job.status}: {job.why}", code)
         return result
 
