@@ -1,6 +1,7 @@
 """The CPU kernels: their numbers against torch in fp64, their promise that a row's bits are its own, their compilation."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -370,15 +371,20 @@ def test_a_library_that_fails_its_test_is_not_used(monkeypatch: pytest.MonkeyPat
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".c", ".json", ".so"]
 
 
-def test_two_processes_compile_at_once(tmp_path: Path) -> None:
-    """Both get a whole library, and one is left."""
+def test_two_processes_compile_once(tmp_path: Path) -> None:
+    """The second waits for the library of the first."""
+    compiler, log = tmp_path / "cc", tmp_path / "log"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {shlex.join(kernels._compiler() or [])} "$@"\n')
+    compiler.chmod(0o755)
     quicker = "k.FLAGS[k.FLAGS.index('-O3')] = '-O0'"
     program = f"from etude.infer import kernels as k; {quicker}; assert k.available(), k.why_not()"
     (tmp_path / "program.py").write_text(program)
-    env = os.environ | {"ETUDE_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    both = [Forked([str(tmp_path / "program.py")], tmp_path, env) for _ in range(2)]
+    env = {"ETUDE_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), "CC": str(compiler)}
+    both = [Forked([str(tmp_path / "program.py")], tmp_path, os.environ | env) for _ in range(2)]
     assert [p.wait() for p in both] == [0, 0], [p.communicate() for p in both]
     assert sorted(p.suffix for p in (tmp_path / "kernels").iterdir()) == [".json", ".so"]
+    called = log.read_text().splitlines()
+    assert called.count("--version") == 2 and len(called) == 4  # and compiled and linked once
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -145,9 +145,9 @@ def test_packing_is_best_fit_decreasing() -> None:
 def test_packing_is_quick(capacity: int) -> None:
     """100,000 documents take 0.1 to 0.5 s, and leave hardly any room over."""
     lengths = np.random.default_rng(0).lognormal(5, 1, 100_000).astype(np.int64).clip(1, capacity)
-    begun = time.perf_counter()
+    begun = time.process_time()
     _, ends = pack(lengths, capacity)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
     assert lengths.sum() / (len(ends) * capacity) > 0.97
 
 

@@ -6,6 +6,7 @@ and contiguous where nothing else is said; sums are fp32. M rows, K input and N 
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import json
@@ -57,7 +58,9 @@ def _library() -> tuple[Any, str]:
     if compiler is None:
         return None, "there is no C compiler; install gcc or name one in $CC"
     try:
-        path, why = _build(compiler, _folder())
+        folder = _folder()
+        with _alone(folder):
+            path, why = _build(compiler, folder)
     except OSError as error:
         return None, f"the C kernels could not be built: {error}"
     return (None, why) if path is None else (_open(path), "")
@@ -85,6 +88,19 @@ def _folder() -> Path:
 @functools.cache
 def _temporary() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="etude-kernels-")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time: ranks and jobs that start together wait for the first one's library. Where a file system has no
+    locks each of them compiles, which does no harm."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _build(compiler: list[str], folder: Path) -> tuple[Path | None, str]:
