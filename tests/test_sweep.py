@@ -83,15 +83,20 @@ def run(cfg):
 
 @pytest.fixture
 def light(tmp_path: Path) -> Callable[..., CompletedProcess]:
-    """`light(*overrides, **environment)`: the script above as a sweep, in the test's own folder."""
+    """`light(*overrides, **environment)`: the script above as a sweep, in the test's own folder. `forked=False` starts a Python of
+    its own: Hydra looks for plugins once a process, and the forked ones have looked before there was one of the test's."""
     (tmp_path / "light.py").write_text(SCRIPT)
     (tmp_path / "light_run.py").write_text(RUN)
 
-    def sweep(*overrides: str, wait: bool = True, multirun: bool = True, **env: str) -> CompletedProcess:
+    def sweep(
+        *overrides: str, wait: bool = True, multirun: bool = True, forked: bool = True, **env: str
+    ) -> CompletedProcess:
         path = os.pathsep.join([str(ROOT / "src"), str(tmp_path)])
         other = any(o.startswith(("hydra/launcher=", "hydra.launcher.at_once=")) for o in overrides)
         argv = ["light.py", *(["-m"] if multirun else []), *([] if other else ["hydra.launcher.at_once=2"]), *overrides]
         env = environment(PYTHONPATH=path, **env)
+        if not forked:
+            return subprocess.run([sys.executable, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
         return run(argv, tmp_path, env) if wait else Forked(argv, tmp_path, env)  # type: ignore[return-value]
 
     return sweep
@@ -515,7 +520,7 @@ def test_run_takes_jobs_late_and_stops_those_that_are_not_worth_it(tmp_path: Pat
     (tmp_path / "conf" / "hydra" / "sweeper").mkdir(parents=True)
     (tmp_path / "conf" / "hydra" / "sweeper" / "late.yaml").write_text("_target_: hydra_plugins.late.Late\n")
     fates = '{"1": "sleep", "3": "nan"}'
-    done = light("--config-dir=conf", "hydra/sweeper=late", "hydra.launcher.at_once=1", FATES=fates)
+    done = light("--config-dir=conf", "hydra/sweeper=late", "hydra.launcher.at_once=1", forked=False, FATES=fates)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["order"] == ["ask 0", "done 0", "ask 1", "done 1", "ask 2", "done 2", "ask 3", "done 3"]
