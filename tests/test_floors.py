@@ -51,6 +51,7 @@ FLOORS = {
     "etude.bench_steps": 4,
     "etude.bench_trl": 4,
     "etude.diagnosis": 4,
+    "etude.inspection": 4,
     "etude.training": 4,
     "etude.reproduce": 4,
     "etude.replay": 4,

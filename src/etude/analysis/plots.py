@@ -168,7 +168,8 @@ def plot_final(
         part = df[done & (arm == name)].astype({x: float})
         ax.plot(part[x], part[metric], marker, color=color, markerfacecolor="none", markersize=5, alpha=0.6)
         means = part.groupby(x)[metric].mean()
-        ax.plot(means.index, means, "-" if by else "", color=color, marker=marker, markersize=5, label=name)
+        line = "-" if by else "none"
+        ax.plot(means.index, means, linestyle=line, color=color, marker=marker, markersize=5, label=name)
     if log and (df[done][x] > 0).all():
         ax.set_xscale("log")
     _dress(ax, label(x), label(metric))

@@ -69,10 +69,12 @@ def plot_loss(table: "pd.DataFrame", fit: LossFit, params: str = "params") -> "F
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.82, len(sizes)))
     span = np.geomspace(data["tokens"].min(), data["tokens"].max(), 100)
     engineering = ticker.EngFormatter(sep="", places=1)
+    named = sizes[:: -(-len(sizes) // 8)]  # a legend of more would cover the figure
     for size, color in zip(sizes, colors):
         part = data[data["params"] == size]
         left.plot(part["tokens"], part["loss"], "o", color=color, markersize=4)
-        left.plot(span, fit.law.loss(size, span), color=color, linewidth=1.2, label=f"N = {engineering(size)}")
+        name = f"N = {engineering(size)}" if size in named else None
+        left.plot(span, fit.law.loss(size, span), color=color, linewidth=1.2, label=name)
         right.plot(fit.law.loss(part["params"], part["tokens"]), part["loss"], "o", color=color, markersize=4)
     left.axhline(fit.law.E, linestyle=":", color="black", linewidth=1)
     ends = [data["loss"].min(), data["loss"].max()]
@@ -82,6 +84,7 @@ def plot_loss(table: "pd.DataFrame", fit: LossFit, params: str = "params") -> "F
     left.xaxis.set_minor_formatter(ticker.NullFormatter())
     _dress(left, "training data (tokens)", "validation loss (nats per token)")
     _dress(right, "fitted loss (nats per token)", "measured loss (nats per token)")
-    left.legend(frameon=False, fontsize=8, title=LABELS.get(params, params), title_fontsize=8)
-    left.annotate("E, the loss that stays", (span[0], fit.law.E), xytext=(0, 3), textcoords="offset points", fontsize=8)
+    columns = 1 + (len(sizes) > 4)
+    left.legend(frameon=False, fontsize=8, title=LABELS.get(params, params), title_fontsize=8, ncols=columns)
+    left.annotate("E, the loss that stays", (span[-1], fit.law.E), xytext=(0, 3), textcoords="offset points", fontsize=8, ha="right")  # fmt: skip
     return figure
