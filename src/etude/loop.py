@@ -328,7 +328,7 @@ def reduce(sums: list[dict], world: World) -> dict[str, float]:
     terms = [v for n, v in means.items() if n.startswith("loss/")]
     if "loss" not in means and terms:  # each divided by its own count
         means["loss"] = sum(terms)
-    # Of answers that are not in pairs.
+    # Of answers that are not in pairs: a difference of means over different counts, which no sum of micro-batches gives.
     if "rewards/margin" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margin"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means

@@ -48,19 +48,24 @@ def take(folder: Path) -> Path:
 
 
 def _claim(parent: Path, name: str) -> Path:
+    folder = new_folder(parent, name)
+    _subfolders(folder)
+    return folder
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make <parent>/<name>[_<n>], which nobody else has made, however many try at once. Raises StorageFault."""
     for i in range(1, 10000):
         folder = parent / (name if i == 1 else f"{name}_{i}")
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
+            folder.mkdir(parents=True)
+            return folder
         except FileExistsError:
             continue
         except OSError as error:
             raise StorageFault(
                 f"could not make {folder}: {error.strerror}; choose another place with runs_dir=FOLDER"
             ) from None
-        _subfolders(folder)
-        return folder
     raise StorageFault(f"{parent} has ten thousand folders like {name}")
 
 

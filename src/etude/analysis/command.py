@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from etude.analysis.comparison import Comparison, compare
 from etude.analysis.load import HASHES, find_runs, load_runs, need
-from etude.analysis.plots import plot_compare, plot_curves
+from etude.analysis.plots import plot_compare, plot_curves, save_figure
 from etude.analysis.settings import config_diff, table
 from etude.errors import Refusal
 from etude.signature import did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 OPTIONS: dict[str, dict[str, type]] = {
     "compare": {"by": str, "metric": str, "baseline": str, "effect": float, "confidence": float, "power": float, "plot": str},
@@ -79,24 +78,14 @@ def _compare(places: list[str], options: dict[str, Any]) -> None:
     result = compare(runs, by, **options)
     _show_comparison(result)
     if file:
-        _save(plot_compare(result), file)
+        save_figure(plot_compare(result), file)
 
 
 def _curves(places: list[str], options: dict[str, Any]) -> None:
     file, names = options.pop("plot", None), options.pop("metric", "train/loss,val/loss").split(",")
     if file is None:
         raise Refusal("say where the figure goes: plot=curves.png (or .pdf, .svg)")
-    _save(plot_curves(places, names, **options), file)
-
-
-def _save(figure: "Figure", file: str) -> None:
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise Refusal(f"plot={file}: {str(error).splitlines()[0]}; give a .png, .pdf or .svg in a folder that is there") from None  # fmt: skip
-    finally:
-        need("matplotlib.pyplot").close(figure)
-    print(f"figure   {file}")
+    save_figure(plot_curves(places, names, **options), file)
 
 
 def _show_comparison(result: Comparison) -> None:

@@ -27,6 +27,17 @@ MARKERS = "o s D ^ v < >".split()
 GRID_POINTS = 400  # of a mean over runs that were logged at other places
 
 
+def save_figure(figure: "Figure", file: str) -> None:
+    """What plot=FILE does: write and close a figure, and say where it is. Raises Refusal."""
+    try:
+        figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"plot={file}: {str(error).splitlines()[0]}; give a .png, .pdf or .svg in a folder that is there") from None  # fmt: skip
+    finally:
+        need("matplotlib.pyplot").close(figure)
+    print(f"figure   {file}")
+
+
 def label(name: str) -> str:
     """A metric with its unit."""
     unit = UNITS.get(name.rpartition("/")[2].removeprefix("eval_").removeprefix("full_"))

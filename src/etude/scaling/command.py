@@ -12,16 +12,13 @@ python -m etude.scaling fit RUNS ... [plot=FILE.png] [params=params_active] [met
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from etude.analysis.load import need
+from etude.analysis.plots import save_figure
 from etude.analysis.settings import final
 from etude.errors import Refusal
 from etude.scaling import laws, transfer
 from etude.signature import did_you_mean
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 VOCAB = 256  # of the coordinate check's random tokens
 OPTIONS: dict[str, dict[str, type]] = {
@@ -101,7 +98,7 @@ def coord(overrides: list[str], options: dict[str, Any]) -> int:
         print(f"{name} {'fails: ' + ', '.join(failing) if failing else 'passes'}\n")
         wrong |= name == "muP" and bool(failing)
     if file := options.get("plot"):
-        _save(check.plot(tables), file)
+        save_figure(check.plot(tables), file)
     return int(wrong)
 
 
@@ -130,7 +127,7 @@ def lr_transfer(places: list[str], options: dict[str, Any]) -> int:
     result = transfer.transfer(found)
     print("\n".join(transfer.sentences(result)))
     if file := options.get("plot"):
-        _save(transfer.plot(found, result), file)
+        save_figure(transfer.plot(found, result), file)
     return 0
 
 
@@ -154,7 +151,7 @@ def isoflop(places: list[str], options: dict[str, Any]) -> int:
     if file := options.get("plot"):
         from etude.scaling.figures import plot_isoflop
 
-        _save(plot_isoflop(table, found, params), file)
+        save_figure(plot_isoflop(table, found, params), file)
     return 0
 
 
@@ -175,20 +172,10 @@ def fit(places: list[str], options: dict[str, Any]) -> int:
     if file := options.get("plot"):
         from etude.scaling.figures import plot_loss
 
-        _save(plot_loss(table, found, params), file)
+        save_figure(plot_loss(table, found, params), file)
     return 0
 
 
 def _final(places: list[str], options: dict[str, Any]) -> tuple[Any, str]:
     params = options.get("params", "params")
     return final(places or ["runs"], options.get("metric", "val/full_loss"), params), params
-
-
-def _save(figure: "Figure", file: str) -> None:
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise Refusal(f"plot={file}: {str(error).splitlines()[0]}; give a .png, .pdf or .svg in a folder that is there") from None  # fmt: skip
-    finally:
-        need("matplotlib.pyplot").close(figure)
-    print(f"figure   {file}")

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from etude import run as runs
 from etude.cli import TEXT_KEYS, guard, quote
-from etude.errors import Refusal, StorageFault
+from etude.errors import Refusal
 from etude.redact import redact_override
 
 # Root keys that change no run, and settings of sweepers that only say how far or how fast a sweep goes.
@@ -102,18 +102,7 @@ def _follow(folders: list[Path], group: str, choice: str, found: dict[str, str])
 def claim(parent: Path, tag: str) -> Path:
     """A new folder <parent>/<stamp>_<tag>[_<n>], however many sweeps start in the same second."""
     stamp = time.strftime("%Y%m%d_%H%M%S") + (f"_{tag}" if re.fullmatch(r"[\w.-]+", tag) else "")
-    for i in range(1, 10000):
-        folder = parent / (stamp if i == 1 else f"{stamp}_{i}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise StorageFault(
-                f"could not make {folder}: {error.strerror}; choose another place with runs_dir=FOLDER"
-            ) from None
-    raise StorageFault(f"{parent} has ten thousand folders like {stamp}")
+    return runs.new_folder(parent, stamp)
 
 
 def earlier(parent: Path, wanted: str) -> Iterator[Path]:
