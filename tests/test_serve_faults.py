@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -769,24 +769,33 @@ def test_the_schema_tells_the_truth(fuzzed: Running) -> None:
 
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
     schema = schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json")
-    statuses: set[tuple[str, int]] = set()
+    answered: set[tuple[str, int, str]] = set()
 
-    def tried(operation: Any, mode: GenerationMode, count: int) -> None:
+    def streaming(case: Any) -> Any:
+        if isinstance(case.body, dict):
+            case.body["stream"] = True
+        return case
+
+    def tried(operation: Any, mode: GenerationMode, count: int, change: Callable[[Any], Any] = lambda case: case) -> None:
         more = [negative_data_rejection] if mode == GenerationMode.NEGATIVE else []
 
-        @given(case=operation.as_strategy(generation_mode=mode))
+        @given(case=operation.as_strategy(generation_mode=mode).map(change))
         @settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
         def one(case: Any) -> None:
             response = case.call(timeout=10)
-            statuses.add((operation.path, response.status_code))
+            answered.add((operation.path, response.status_code, response.headers["content-type"][0]))
             case.validate_response(response, checks=checks + more)
 
         one()
 
+    streams = {"/v1/chat/completions", "/v1/completions", "/v1/messages"}
     for operation in schema.get_all_operations():
         tried(operation.ok(), GenerationMode.POSITIVE, 40)
+        if operation.ok().path in streams:
+            tried(operation.ok(), GenerationMode.POSITIVE, 20, streaming)
         if operation.ok().body:
             tried(operation.ok(), GenerationMode.NEGATIVE, 12)
     paths = {operation.ok().path for operation in schema.get_all_operations()}
-    assert {path for path, status in statuses if status == 200} == paths - {"/v1/models/{id}"}
-    assert not any(status >= 500 for _, status in statuses)
+    assert {path for path, status, _ in answered if status == 200} == paths - {"/v1/models/{id}"}
+    assert {path for path, status, kind in answered if (status, kind) == (200, "text/event-stream")} == streams
+    assert not any(status >= 500 for _, status, _ in answered)

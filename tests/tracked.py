@@ -97,7 +97,7 @@ def mlflow(run: Path) -> Content:
 
 if __name__ == "__main__":
     path, names, times = Path(sys.argv[1]).resolve(), sys.argv[2].split(","), int(sys.argv[3])
-    for name in names * times:
+    for name in [n for n in names for _ in range(times)]:  # at once after each other, which caches might not bear
         from etude.track import main
 
         assert main(["sync", str(path), f"to={name}"]) == 0

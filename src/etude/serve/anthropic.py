@@ -13,7 +13,7 @@ from etude.infer.sampling import Sampling
 from etude.serve import tools
 from etude.serve.ask import Asked, budget
 from etude.serve.errors import ApiError
-from etude.serve.openai_schema import Answer, Int, Name, Stops, Strict, Unsupported
+from etude.serve.openai_schema import WHOLE, Answer, Name, Stops, Strict, Unsupported
 from etude.serve.stream import Stream, sse
 from etude.text import chat
 from etude.text.tokenizer import Tokenizer
@@ -111,12 +111,12 @@ class CountRequest(Strict):
 
 
 class MessagesRequest(CountRequest):
-    max_tokens: Annotated[Int, Field(ge=1)]
+    max_tokens: Annotated[int, Field(ge=1), WHOLE]
     stop_sequences: Stops | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[Int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0), WHOLE] | None = None
     # Without an effect on the answer.
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
@@ -338,6 +338,22 @@ def _input(text: str) -> dict[str, Any]:
         except ValueError:
             value = {}
     return value if isinstance(value, dict) else {}
+
+
+STAGES = ("start", "delta", "stop")
+# Of `events` and `failure`, as OpenAPI describes them.
+EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": [*(f"message_{s}" for s in STAGES), *(f"content_block_{s}" for s in STAGES), "ping", "error"]},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"type": "object", "required": ["type"]},
+        },
+    },
+}
 
 
 def event(data: dict[str, Any]) -> bytes:

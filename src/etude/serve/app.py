@@ -327,14 +327,14 @@ BODIES: list[type[BaseModel]] = [
 STATUSES = (400, 401, 403, 404, 405, 408, 413, 429, 500, 503, 504, 529)
 
 
-def _describe(body: type[BaseModel] | None, *answers: type[BaseModel], streams: bool = False, other: dict | None = None) -> dict[str, Any]:  # fmt: skip
+def _describe(body: type[BaseModel] | None, *answers: type[BaseModel], event: dict | None = None, other: dict | None = None) -> dict[str, Any]:  # fmt: skip
     """What FastAPI is told of a route: it neither reads nor checks the body, but it describes it."""
     error: dict[str, Any] = {"model": AnthropicError | OpenAIError, "description": "an error"}
     good: dict[str, Any] = {"description": "the answer"}
     if answers:
         good["model"] = answers[0] if len(answers) == 1 else answers[0] | answers[1]
-    if streams:
-        good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    if event is not None:
+        good["content"] = {"text/event-stream": {"itemSchema": event}}
     extra: dict[str, Any] = {}
     if body is not None:
         schema = {"$ref": f"#/components/schemas/{body.__name__}"}
@@ -376,7 +376,7 @@ def _kinds(field: dict[str, Any], type: str) -> list[dict[str, Any]]:
 
 
 def _add_openai(app: FastAPI, server: Server) -> None:
-    @app.post("/v1/chat/completions", **_describe(ChatRequest, ChatCompletion, streams=True))
+    @app.post("/v1/chat/completions", **_describe(ChatRequest, ChatCompletion, event=openai.EVENT))
     async def chat_completions(http: Http) -> Response:
         engine = server.ready()
         body = await server.parse(http, ChatRequest)
@@ -393,7 +393,7 @@ def _add_openai(app: FastAPI, server: Server) -> None:
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return Events(openai.chat_events(stream, samples, totals, server.name, usage), openai.failure, stream)
 
-    @app.post("/v1/completions", **_describe(CompletionRequest, Completion, streams=True))
+    @app.post("/v1/completions", **_describe(CompletionRequest, Completion, event=openai.EVENT))
     async def completions(http: Http) -> Response:
         engine = server.ready()
         body = await server.parse(http, CompletionRequest)
@@ -420,7 +420,7 @@ def _add_openai(app: FastAPI, server: Server) -> None:
 
 
 def _add_anthropic(app: FastAPI, server: Server) -> None:
-    @app.post("/v1/messages", **_describe(anthropic.MessagesRequest, anthropic.MessageAnswer, streams=True))
+    @app.post("/v1/messages", **_describe(anthropic.MessagesRequest, anthropic.MessageAnswer, event=anthropic.EVENT))
     async def messages(http: Http) -> Response:
         engine = server.ready()
         body = await server.parse(http, anthropic.MessagesRequest)

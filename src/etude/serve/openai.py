@@ -288,6 +288,14 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
+# Of `chat_events`, `completion_events` and `failure`, as OpenAPI describes them.
+EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "a chunk or an error, in JSON; at the end [DONE]"}},
+}
+
+
 async def chat_events(stream: Stream, samples: list[ChatSample], totals: Totals, model: str, usage: bool) -> AsyncIterator[bytes]:  # fmt: skip
     head = Head("chatcmpl", "chat.completion.chunk", model)
 

@@ -34,9 +34,12 @@ class Aim:
         with self._locked():
             there = (self.root / ".aim" / "VERSION").exists()
             repo = aim.Repo.from_path(str(self.root), init=not there)
-            resumes = known is not None and repo.run_exists(known)
+            # Not repo.run_exists, which remembers its answer for half a second.
+            resumes = known is not None and (self.root / ".aim" / "meta" / "chunks" / known).is_dir()
             if resumes and start_step == 0:
-                resumes = not repo.delete_run(known)
+                if not repo.delete_run(known):
+                    raise OSError(f"{self.root / '.aim'} did not let go of this run's earlier record, {known}")
+                resumes = False
             self.run: Any = aim.Run(
                 known if resumes else None,
                 repo=repo,
