@@ -776,7 +776,9 @@ def test_the_schema_tells_the_truth(fuzzed: Running) -> None:
             case.body["stream"] = True
         return case
 
-    def tried(operation: Any, mode: GenerationMode, count: int, change: Callable[[Any], Any] = lambda case: case) -> None:
+    def tried(
+        operation: Any, mode: GenerationMode, count: int, change: Callable[[Any], Any] = lambda case: case
+    ) -> None:
         more = [negative_data_rejection] if mode == GenerationMode.NEGATIVE else []
 
         @given(case=operation.as_strategy(generation_mode=mode).map(change))

@@ -346,7 +346,9 @@ EVENT = {
     "type": "object",
     "required": ["event", "data"],
     "properties": {
-        "event": {"enum": [*(f"message_{s}" for s in STAGES), *(f"content_block_{s}" for s in STAGES), "ping", "error"]},
+        "event": {
+            "enum": [*(f"message_{s}" for s in STAGES), *(f"content_block_{s}" for s in STAGES), "ping", "error"]
+        },
         "data": {
             "type": "string",
             "contentMediaType": "application/json",
