@@ -205,17 +205,19 @@ def test_a_tracker_that_fails_costs_one_warning_and_no_time(bad: Path, capfd: py
     run = folder_of(bad / "run")
     trackers = Trackers(Jsonl(), nodes | {"good": {"_target_": "bad.Good"}})
     trackers.open(run, 0)
-    begun = time.monotonic()
+    took = []
     for step in range(1, 101):
+        begun = time.monotonic()
         trackers.scalars(step, {"a": step / 3})
-    took = time.monotonic() - begun
+        took.append(time.monotonic() - begun)
     until = time.monotonic() + 120
     while len(trackers.others) > 5 and time.monotonic() < until:  # those that fail before the end are told of at once
         time.sleep(0.05)
         trackers.text(100, "n", "t")
     begun = time.monotonic()
     trackers.close()
-    assert took < 2 and time.monotonic() - begun < 90
+    assert time.monotonic() - begun < 90
+    assert sorted(took)[50] < 0.001, "of a step's time, with nine of them"
     err = capfd.readouterr().err
     for name, node in nodes.items():
         [line] = [x for x in err.splitlines() if f"tracker {name} failed" in x]
