@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,6 +88,8 @@ def test_runs_are_found_in_sweeps_by_glob_and_in_lists(tmp_path: Path) -> None:
     assert list(analysis.load_runs(f"{runs}/2026*")["run"]) == [str(late)]
     assert list(analysis.load_runs(f"{runs}/sweeps/*")["name"]) == ["2_abc", "10_abc"]
     assert len(analysis.load_runs([jobs[0], str(late), runs])) == 3, "each run once"
+    (runs / "sweeps/20260102_before_its_first_job").mkdir()
+    assert len(analysis.load_runs([str(p) for p in sorted((runs / "sweeps").iterdir())])) == 2
     assert list(analysis.load_runs(everything.tail(1))["run"]) == [str(late)], "the choice of a table"
 
 
@@ -514,6 +517,20 @@ def test_bad_input_is_one_line_and_exit_2(arguments: list[str], tmp_path: Path, 
     assert analysis.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
+    """`... | head`: no traceback, and the exit code that a shell expects."""
+    make_run(tmp_path / "a")
+    command = f"{sys.executable} -m etude.analysis {tmp_path} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_importing_analysis_is_light() -> None:

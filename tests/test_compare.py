@@ -201,6 +201,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no arm": (lambda: analysis.compare(frame(TWO)), "say what makes the arms"),
     "unknown setting": (lambda: analysis.compare(frame(TWO), "kinds"), "did you mean kind"),
     "unknown metric": (lambda: analysis.compare(frame(TWO), "kind", "val/ful_loss"), "did you mean val/full_loss"),
+    "no number": (lambda: analysis.compare(frame(TWO, **{"nothing": pd.array([1, None, 3, 4], "Int64")}), "kind", "status"), "status is not a number"),
+    "no effect": (lambda: analysis.compare(frame(TWO), "kind", effect=math.nan), "effect=nan should be the difference"),
     "unknown baseline": (lambda: analysis.compare(frame(TWO), "kind", baseline="c"), "baseline=c is not an arm"),
     "other data": (lambda: analysis.compare(frame(TWO, **{"data/sha256": ["d", "d", "e", "e"]}), "kind"), "b and a have not seen the same data"),
     "other tokenizer": (lambda: analysis.compare(frame(TWO, **{"data/tokenizer_sha256": ["d", "d", "e", "e"]}), "kind"), "the same tokenizer"),

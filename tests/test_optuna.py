@@ -29,7 +29,8 @@ from running import start, tiny, train
 
 from etude.config import CONF
 from etude.errors import JobFailed, Refusal
-from etude.tuning import space
+from etude.track import _cut
+from etude.tuning import report, space
 from etude.tuning.search import new_lines
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -402,6 +403,25 @@ def test_pruning_is_optunas(name: str, tmp_path: Path) -> None:
     assert [t["step"] for t in results(tmp_path)["trials"]] == [10 * n for n in looks.values()]
 
 
+def test_a_metric_that_runs_do_not_log_cannot_prune(tmp_path: Path) -> None:
+    """Else every trial would run to its end without a word: found when the first one has."""
+    launcher = Late(tmp_path / "runs", lambda run: [1.0, 2.0])
+    with pytest.raises(
+        Refusal, match="prune_metric=val/lss is not in the log of .*; did you mean val/loss.*eval_every"
+    ):
+        search(tmp_path, launcher, "hydra/sweeper/pruner=median", LR, n_trials=3, prune_metric="val/lss")
+    assert len(launcher.looks) == 1 and len(results(tmp_path)["best"]) == 1
+
+
+def test_a_front_begins_with_the_best_of_the_first_objective() -> None:
+    """Which is what the table ends with, as the one to train longer."""
+    for first, wanted in (("maximize", [9.0, 1.0]), ("minimize", [1.0, 9.0])):
+        study = optuna.create_study(directions=[first, "minimize" if first == "maximize" else "maximize"])
+        for value in (1.0, 9.0):
+            study.add_trial(optuna.trial.create_trial(values=[value, value], params={}, distributions={}))
+        assert [t.values[0] for t in report.best(study)] == wanted
+
+
 def test_a_launcher_that_cannot_look_into_runs_refuses_pruning(tmp_path: Path) -> None:
     """Else every trial would run to its end while the config says otherwise."""
     with pytest.raises(Refusal, match="add hydra/launcher=isolated"):
@@ -411,15 +431,19 @@ def test_a_launcher_that_cannot_look_into_runs_refuses_pruning(tmp_path: Path) -
 def test_metrics_are_read_as_they_grow(tmp_path: Path) -> None:
     """A line counts once it is whole; a file that a resume cut is read again."""
     path = tmp_path / "metrics.jsonl"
-    assert new_lines(path, 0) == ([], 0)
+    assert new_lines(path, (0, 0)) == ([], (0, 0))
     path.write_text('{"step": 1}\n{"st')
-    lines, at = new_lines(path, 0)
+    lines, at = new_lines(path, (0, 0))
     assert lines == [{"step": 1}]
-    path.write_text('{"step": 1}\n{"step": 2}\n')
+    with path.open("a") as file:
+        file.write('ep": 2}\n{"step": 3}\n')
     lines, at = new_lines(path, at)
-    assert lines == [{"step": 2}] and new_lines(path, at) == ([], at)
-    path.write_text('{"step": 1}\n')
-    assert new_lines(path, at)[0] == [{"step": 1}]
+    assert lines == [{"step": 2}, {"step": 3}] and new_lines(path, at) == ([], at)
+    _cut(path, 1)  # and before the next look the file is longer than it was
+    with path.open("a") as file:
+        file.write('{"step": 2, "longer": 123456}\n{"step": 3}\n')
+    lines, at = new_lines(path, at)
+    assert [line["step"] for line in lines] == [1, 2, 3] and new_lines(path, at) == ([], at)
 
 
 # ---------------------------------------------------------------- storage

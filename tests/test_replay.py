@@ -167,8 +167,10 @@ ROLLOUTS = (
         ("strategy=sft lora=true lora.rank=2", 5),
         ("strategy=dpo strategy.layout=shared reference=cached", 4),
         (ROLLOUTS, 7),
+        ("strategy=kto", 5),
+        ("strategy=reward_model", 5),
     ],
-    ids=["sft", "dpo", "grpo"],
+    ids=["sft", "dpo", "grpo", "kto", "reward_model"],
 )
 def test_other_strategies(tmp_path: Path, capsys: pytest.CaptureFixture[str], strategy: str, step: int) -> None:
     """Adapters, pairs, and a rollout of which a checkpoint holds the rest; step 7 of grpo lies in another than its checkpoint."""
@@ -182,8 +184,9 @@ def test_other_strategies(tmp_path: Path, capsys: pytest.CaptureFixture[str], st
     logged = {m["step"]: m for m in metrics(run)}[step]
     assert f"equal to the bit: train/loss {logged['train/loss']}" in text and "NOT" not in text, text
     assert "part at" not in text and text.count("micro-batch") == 3
-    if "dpo" in strategy:
-        assert "chosen" in text or "rejected" in text
+    assert "<|im▁start|>assistant" in text.partition("rows ")[2].partition("layers ")[0]
+    if "dpo" in strategy or "reward_model" in strategy:
+        assert ", chosen" in text or ", rejected" in text
     if "grpo" in strategy:
         assert "advantage" in text
 

@@ -56,8 +56,10 @@ def test_the_same_machine_gives_the_same_bits(source: Path, tmp_path: Path) -> N
 
 def test_a_run_resumed_with_other_limits_is_reproduced(source: Path, tmp_path: Path) -> None:
     """The rate follows max_steps: until it was resumed the run had another, which the reproduction has too. Killed in the
-    middle and resumed, the reproduction ends the same."""
+    middle and resumed, the reproduction ends the same. Nothing of this needs small files that a power cut has emptied."""
     copy = Path(shutil.copytree(source, tmp_path / "copy", symlinks=True))
+    for name in ("status.json", "meta/choices.json"):
+        (copy / name).write_text("")
     train(f"resume={copy}", "max_steps=10")
     train(f"resume={copy}", "max_steps=12", "log_every=2")
     assert [until for until, _ in runs.earlier(copy)] == [6, 10]
@@ -83,6 +85,7 @@ REFUSED = [
     (["reproduce={source}", "max_steps=50"], "max_steps: 6 -> 50"),
     (["reproduce={tmp}/torn"], "cannot be read"),
     (["reproduce={tmp}/redacted"], "tracker.wandb.api_key is a secret"),
+    (["reproduce={tmp}/earlier"], "until_00000002.yaml cannot be read: bring back a copy"),
     (["reproduce.code=true"], "type reproduce=runs/<run> too"),
     (["reproduce.code=3"], "true or false"),
     (["reproduce={tmp}/gone", "reproduce.code=true"], "cannot be checked out"),
@@ -94,15 +97,17 @@ def test_what_cannot_be_reproduced_is_one_line(source: Path, tmp_path: Path) -> 
     config = (source / "meta" / "config.yaml").read_text()
     made = {
         "torn": ("a: [", "commit: " + "0" * 40 + "\n"),
+        "earlier": (config, ""),
         "redacted": (config.replace("tracker: {}", "tracker: {wandb: {api_key: <redacted>}}"), ""),
         "gone": (config, "commit: " + "0" * 40 + "\n"),
         "nogit": (config, "not a git repository with a commit\n"),
     }
     for name, (text, commit) in made.items():
-        (tmp_path / name / "meta").mkdir(parents=True)
+        (tmp_path / name / "meta" / "earlier").mkdir(parents=True)
         (tmp_path / name / "meta" / "config.yaml").write_text(text)
         (tmp_path / name / "meta" / "git.txt").write_text(commit)
         (tmp_path / name / "meta" / "diff.patch").write_text("")
+    (tmp_path / "earlier" / "meta" / "earlier" / "until_00000002.yaml").write_text("a: [")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for overrides, said in REFUSED:
             given = [quote(o.format(source=source, tmp=tmp_path)) for o in overrides]

@@ -217,7 +217,12 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         ("fit", f"{tmp_path}/none"): "there is no such folder",
         ("lr_transfer", f"{tmp_path}/iso"): "no run has config.model.mup",
         ("isoflop", f"{tmp_path}/iso", "plot=/no/where.png"): "plot=/no/where.png",
-        ("coord", "widths=32"): "two or more widths",
+        ("coord", "widths=32"): "two or more different widths",
+        ("coord", "widths=32,32"): "two or more different widths",
+        ("fit", f"{tmp_path}/iso", "flops=-1"): "flops=-1 should be",
+        ("fit", f"{tmp_path}/iso", "flops=nan"): "flops=nan should be",
+        ("isoflop", f"{tmp_path}/iso", "params=run"): "run is not a number",
+        ("lr_transfer", f"{tmp_path}/lr", "metric=status"): "status is not a number",
         ("coord", "model.dims=3"): "model.dims",
     }.items():
         assert command.main(list(arguments)) == 2, arguments

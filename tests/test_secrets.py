@@ -119,6 +119,13 @@ def test_what_is_redacted_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> No
     assert redact.redact({"a": {"api_key": "x", "password": 12, "token": ["y"], "max_tokens": 5, "tokenizer": "z", "auth": None}}) == {
         "a": {"api_key": "<redacted>", "password": "<redacted>", "token": ["<redacted>"], "max_tokens": 5, "tokenizer": "z", "auth": None}
     }  # fmt: skip
+    for name in (
+        "secret_key", "signing_key", "api_keys", "passwords", "db.pwd", "authorization", "accessToken", "dbPassword", "clientSecret"
+    ):  # fmt: skip
+        assert redact.redact({name: "abcdef"}) == {name: "<redacted>"}, name
+        assert redact.redact_override(f"+x={{n: 1, {name}: abcdef}}") == f"+x={{n: 1, {name}: <redacted>}}"
+    for name in ("max_tokens", "keys", "key", "author", "pad_tokens", "secretary", "tokenPath", "n_keys"):
+        assert redact.redact({name: "abcdef"}) == {name: "abcdef"}, name
     for text, wanted in {
         "https://user:pw@host/x.git": "https://host/x.git",
         "https://user:p@w@host/x.git and ssh://git@host/y": "https://host/x.git and ssh://host/y",

@@ -341,6 +341,24 @@ def test_sync_refuses_in_one_line(
     assert err.startswith("error: ") and err.count("\n") == 1 and line in err
 
 
+def test_sync_calls_nothing_that_a_run_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings come from the run, which may be anyone's; the class does not."""
+    node = {"_target_": "pathlib.Path.touch", "figures": False}
+    run = folder_of(tmp_path / "runs" / "r", {"tracker": {"tensorboard": node}})
+    (run / "logs" / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n')
+    assert track.main(["sync", str(run), "to=tensorboard"]) == 0 and list(run.rglob("events.out.*"))
+    (run / "meta" / "full_config.json").write_text(json.dumps({"tracker": {"tensorboard": node | {"hook": 1}}}))
+    assert track.main(["sync", str(run), "to=tensorboard"]) == 2
+    assert "unknown key tensorboard.hook" in capsys.readouterr().err
+
+
+def test_lines_that_no_run_wrote_are_dropped_at_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n[1]\n{"a": 1}\n\xff\n{"step": 2}\n{"step": 3}\n{"st')
+    track._cut(path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
 def test_sync_takes_globs_and_folders_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b", "sweeps/s/0_x"):
         run = folder_of(tmp_path / "runs" / name)

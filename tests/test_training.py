@@ -35,6 +35,21 @@ def trained(folder: Path, model: str, *more: str) -> Path:
     return run_in(folder / "runs")
 
 
+def test_what_fails_before_the_first_step_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when a GPU has no room for the wrapped model: the run does not seem to be running for ever."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("etude.parallel.Single.wrap", fails)
+    assert training.train(config(tmp_path, "dense")) == 1
+    status = json.loads((run_in(tmp_path / "runs") / "status.json").read_text())
+    assert status["status"] == "failed" and "out of memory" in status["error"] and status["exit_code"] == 1
+    assert "out of memory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_trains(model: str, tmp_path: Path) -> None:
     """Five steps: finite numbers, every trained parameter moved, a loss that falls, an export that is the last model and

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -119,12 +120,17 @@ def guard(action: Callable[[], int | None], quiet: bool = False) -> int:
     """Run `action`; -> its exit code, or that of the error it raised, which is printed: one line for what the user can
     act on, the traceback for a bug. `quiet` leaves out the lines, not the tracebacks."""
     try:
-        return action() or 0
+        code = action() or 0
+        sys.stdout.flush()
+        return code
     except EtudeError as error:
         return error.code if quiet else _told(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return Interrupted.code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES):
             print(scrub(traceback.format_exc()), file=sys.stderr)

@@ -109,11 +109,17 @@ def looking(model: nn.Module) -> Iterator[Looked]:
     def scored(module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
         logprob = getattr(output[0], "logprob", None) if isinstance(output, tuple) else None
         if torch.is_grad_enabled() and logprob is not None and named.get("targets") is not None:
-            if logprob.requires_grad:
-                logprob.retain_grad()  # how much each target counts in the loss
-            found.scored.append({"tokens": inputs[0], "logprob": logprob} | named)
+            for x in (logprob, *states):
+                if x.requires_grad:
+                    x.retain_grad()  # how much each target, or each place, counts in the loss
+            found.scored.append({"tokens": inputs[0], "logprob": logprob, "states": states[-1]} | named)
 
+    def final(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        states[:] = [output]
+
+    states: list[Tensor] = []
     hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(scored, with_kwargs=True)]
+    hooks.append(model.get_submodule("norm").register_forward_hook(final))
     parts = {n: m for n, m in model.named_modules() if n and n.count(".") <= DEPTH and not isinstance(m, nn.Identity)}
     hooks += [module.register_forward_hook(part(name)) for name, module in parts.items()]
     try:
@@ -156,12 +162,13 @@ def look(model: nn.Module, again: Callable[[], Any]) -> Looked:
 @dataclasses.dataclass
 class Row:
     """A sequence that was learnt from. `losses` (nats) and `targets` are those of its tokens `ids`, None where there is no
-    target; `share` is its part in the sum of |d loss / d log-probability| over the step's targets of this rank."""
+    target; `share` is its part in the sum of |d loss / d log-probability| over the step's targets of this rank. A sequence
+    that is judged as a whole has no targets: its share is of |d loss / d final state| over the step's places."""
 
     micro_batch: int
     row: int  # of the micro-batch; of a strategy that lays out its sequences itself, the sequence
     begin: int  # where in the row of tokens
-    loss: float  # the mean over its targets
+    loss: float | None  # the mean over its targets
     share: float
     ids: list[int]
     targets: list[int | None]
@@ -185,15 +192,15 @@ def rows(scored: list[dict[str, Any]], collected: list[Batch]) -> list[Row]:
     found = []
     for i, (forward, batch) in enumerate(zip(scored, collected)):
         tokens, targets = forward["tokens"].cpu(), forward["targets"].cpu()
-        nll = -forward["logprob"].detach().cpu()
-        g = forward["logprob"].grad
-        pull = torch.zeros_like(nll) if g is None else g.abs().cpu()
+        nll, judged = -forward["logprob"].detach().cpu(), "slots" in batch and not (targets >= 0).any()
+        g = forward["states"].grad if judged else forward["logprob"].grad
+        pull = torch.zeros_like(nll) if g is None else (g.norm(dim=-1) if judged else g.abs()).float().cpu()
         for row, b, at in sequences(batch) if "slots" in batch else documents(forward):
             learned = (targets[b, at] >= 0).tolist()
-            if any(learned):
+            if any(learned) or judged:
                 losses = [x if on else None for x, on in zip(nll[b, at].tolist(), learned)]
                 following = [x if on else None for x, on in zip(targets[b, at].tolist(), learned)]
-                mean = sum(x for x in losses if x is not None) / sum(learned)
+                mean = None if judged else sum(x for x in losses if x is not None) / sum(learned)
                 found.append(
                     Row(i, row, int(at[0]), mean, float(pull[b, at].sum()), tokens[b, at].tolist(), following, losses)
                 )
@@ -206,7 +213,7 @@ def worst(by_share: bool) -> Callable[[Row], tuple[bool, float]]:
     """What to sort rows by: those first that are not finite, then by loss or share."""
 
     def key(row: Row) -> tuple[bool, float]:
-        value = row.share if by_share else row.loss
+        value = row.share if by_share or row.loss is None else row.loss
         return math.isfinite(value), -value
 
     return key

@@ -6,8 +6,12 @@ import re
 from typing import Any
 
 REDACTED = "<redacted>"
-WORDS = r"api_?key|access_?key|private_?key|auth|credentials?|passw(?:or)?d|passphrase|secret|token"
-NAME = re.compile(rf"(?i)(^|[._-])({WORDS})$")
+WORDS = (
+    r"(?:api|access|private|secret|signing|encryption)_?keys?|auth(?:orization)?|credentials?|passw(?:or)?ds?|pwd|passphrase"
+    r"|secrets?|token"
+)
+CAMEL = r"(?-i:(?<=[a-z])(?=[A-Z]))"  # dbPassword
+NAME = re.compile(rf"(?i)(^|[._-]|{CAMEL})({WORDS})$")
 ENVIRONMENT = re.compile(rf"(?i)(^|_)({WORDS}|key|pat)$")  # names of variables
 
 # Tokens as those who issue them write them.
@@ -21,7 +25,7 @@ USER = re.compile(r"(\w+://)[^/\s]*@")  # user:password@ of a URL
 QUERY = re.compile(r"(?i)([?&][\w.-]*(?:token|key|secret|password|signature|sig|auth)=)[^&\s'\"]+")
 HEADER = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/-]{12,}=*")
 ENTRY = re.compile(
-    rf"(?i)((?:^|[\s{{,.'\"_-])(?:{WORDS})['\"]?\s*[:=]\s*)(?!{REDACTED})(\"[^\"]*\"|'[^']*'|[^\s,}}\"']+)"
+    rf"(?i)((?:^|[\s{{,.'\"_-]|{CAMEL})(?:{WORDS})['\"]?\s*[:=]\s*)(?!{REDACTED})(\"[^\"]*\"|'[^']*'|[^\s,}}\"']+)"
 )
 LITERAL = re.compile(
     r"(?i)(?:api_?key|access_?key|private_?key|passw(?:or)?d|passphrase|secret|auth_?token|access_?token)\w*['\"]?\s*[:=]\s*['\"][^'\"\s<>{}]{6,}['\"]"

@@ -61,7 +61,7 @@ def parse(arguments: list[str]) -> tuple[Path, int, int]:
     if len(rest) != 1:
         raise Refusal(f"which run? {USAGE}")
     for name, value in given.items():
-        if not value.isdigit() or int(value) < 1:
+        if not value.isdecimal() or int(value) < 1:
             raise Refusal(f"{name}={value} should be a number from 1 on; {USAGE}")
     return Path(rest[0]), int(given["step"]), int(given["top"])
 
@@ -93,7 +93,7 @@ def config_at(run: Path, step: int) -> dict:
 
 def reached(run: Path) -> int:
     """How many steps the run has done."""
-    status = reproduce.read(run / "status.json").get("step", 0)
+    status = runs.recorded(run / "status.json").get("step", 0)
     return max([status, *reproduce.log(run)])
 
 
@@ -136,7 +136,7 @@ def restore(session: training.Session, run: Path, step: int) -> str:
     if (chosen := session.world.broadcast(chosen)) is not None:
         saving.load(session, Path(chosen))
         return f"the checkpoint {Path(chosen).name}"
-    known = reproduce.read(run / "meta" / "data.json")
+    known = runs.recorded(run / "meta" / "data.json")
     for name, key in (("data", "sha256"), ("tokenizer", "tokenizer_sha256")):
         if key in known and known[key] != session.meta[key]:
             raise Refusal(
@@ -287,14 +287,15 @@ def shown_rows(session: training.Session, found: dict[str, Any], top: int) -> li
     for i, (rank_, where, row) in enumerate(rows[:top], 1):
         n = sum(x is not None for x in row.losses)
         at = f"micro-batch {row.micro_batch}, row {row.row}" + (f", rank {rank_}" if session.world.size > 1 else "")
-        lines.append(
-            f"{i:3}. loss {row.loss:.4f} over {n} targets, {row.share:.1%} of the gradient; {at}{', ' if where else ''}{where}"
-        )
+        loss = "judged as a whole" if row.loss is None else f"loss {row.loss:.4f} over {n} targets"
+        lines.append(f"{i:3}. {loss}, {row.share:.1%} of the gradient; {at}{', ' if where else ''}{where}")
         lines.append("     " + repr(decode(row.ids)))
         worst = sorted((t for t in range(len(row.ids)) if row.losses[t] is not None), key=lambda t: -row.losses[t])[
             :WORST
         ]
-        lines.append("     " + "  ".join(f"{decode([row.targets[t]])!r} {row.losses[t]:.2f} at {t + 1}" for t in worst))
+        if worst:
+            told = (f"{decode([row.targets[t]])!r} {row.losses[t]:.2f} at {t + 1}" for t in worst)
+            lines.append("     " + "  ".join(told))
     return lines
 
 

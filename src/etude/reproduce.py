@@ -34,6 +34,7 @@ def adopt(cfg: dict, overrides: list[str]) -> dict:
     source = Path(cfg["reproduce"]["run"])
     typed = [o for o in overrides if o.partition("=")[0] != "reproduce.code"]
     new = runs.resumed_config(source, cfg, typed, [*MAY_CHANGE, *ROUNDS], "reproduce")
+    stages(source)
     new |= {"resume": None, "dry_run": cfg["dry_run"], "reproduce": cfg["reproduce"]}
     new = as_it_was(new, source)
     return new if new["init_from"] is None else started(new, source)
@@ -42,7 +43,7 @@ def adopt(cfg: dict, overrides: list[str]) -> dict:
 def as_it_was(cfg: dict, source: Path) -> dict:
     """The config with the threads and the precision that a run had, where they were left to the machine."""
     then = facts(source)
-    if cfg["threads"] is None and then.get("threads", "").isdigit():
+    if cfg["threads"] is None and then.get("threads", "").isdecimal():
         cfg = cfg | {"threads": int(then["threads"])}
     if cfg["precision"] == "auto" and then.get("precision") in ("fp32", "bf16"):
         cfg = cfg | {"precision": then["precision"]}
@@ -87,8 +88,14 @@ def facts(folder: Path) -> dict[str, str]:
 
 def stages(source: Path) -> list[tuple[int, dict[str, Any]]]:
     """(steps done, limits until then) of a run that was resumed with other limits: the learning rate follows them."""
-    found = [(until, yaml.safe_load(path.read_text(encoding="utf-8"))) for until, path in runs.earlier(source)]
-    return [(until, {k: config.get(k) for k in LIMITS}) for until, config in found]
+    found = []
+    for until, path in runs.earlier(source):
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            found.append((until, {k: config.get(k) for k in LIMITS}))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            raise Refusal(f"{path} cannot be read: bring back a copy of it") from None
+    return found
 
 
 def doubts(source: Path, cfg: dict) -> list[str]:
@@ -125,7 +132,7 @@ def begin(source: Path, folder: Path, cfg: dict) -> list[str]:
     """Compare the metadata of two runs, the new one's written just now; -> what to say. Written to reproduction.json."""
     differs, same = differences(source, folder)
     said = doubts(source, cfg)
-    state = read(source / "status.json")
+    state = runs.recorded(source / "status.json")
     record = {"source": str(source), "source_status": state.get("status"), "differs": differs, "doubts": said}
     runs.replace(folder / "reproduction.json", json.dumps(record, indent=1))
     lines = [f"again    {source} ({state.get('step', '?')} steps, {state.get('status', 'of unknown status')})"]
@@ -137,7 +144,7 @@ def begin(source: Path, folder: Path, cfg: dict) -> list[str]:
 def differences(a: Path, b: Path) -> tuple[dict[str, list[str]], list[str]]:
     """Of two runs: what differs, each thing as lines of text; and what is the same."""
     then, now = facts(a), facts(b)
-    data_then, data_now = read(a / "meta" / "data.json"), read(b / "meta" / "data.json")
+    data_then, data_now = runs.recorded(a / "meta" / "data.json"), runs.recorded(b / "meta" / "data.json")
     found: dict[str, list[str]] = {"code": code(a, b)}
     found["python"] = pair(then.get("python"), now.get("python"))
     found["packages"] = versions(a / "meta" / "packages.txt", b / "meta" / "packages.txt")
@@ -180,14 +187,6 @@ def text(path: Path) -> list[str]:
         return []
 
 
-def read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def shown(lines: list[str], most: int = 8) -> str:
     more = f", and {len(lines) - most} more (reproduction.json)" if len(lines) > most else ""
     return ", ".join(lines[:most]) + more
@@ -199,7 +198,7 @@ def shown(lines: list[str], most: int = 8) -> str:
 def conclude(folder: Path) -> str:
     """Compare the logs and the last weights of a run and of the one that it reproduces; -> the outcome in a line, which is
     in reproduction.json too."""
-    record = read(folder / "reproduction.json")
+    record = runs.recorded(folder / "reproduction.json")
     source = Path(record["source"])
     record |= compare(log(source), log(folder)) | {"weights": weights(source, folder)}
     line = verdict(record)
@@ -270,7 +269,7 @@ def weights(a: Path, b: Path) -> bool | None:
     if len({path.resolve().name for path in newest}) > 1:
         return None
     found = [
-        {n: v["sha256"] for n, v in read(path / "manifest.json").items() if n.endswith(".safetensors")}
+        {n: v["sha256"] for n, v in runs.recorded(path / "manifest.json").items() if n.endswith(".safetensors")}
         for path in newest
     ]
     return found[0] == found[1] if all(found) else None

@@ -183,13 +183,8 @@ class Status:
         self.path = folder / "status.json"
         self.summary = folder / "summary.txt"
         self._written = 0.0
-        before: dict[str, Any] = {}
-        if self.path.exists():  # a resume goes on with what was known
-            before = {
-                k: v
-                for k, v in json.loads(self.path.read_text()).items()
-                if k in ("started", "step", "seconds", "metrics")
-            }
+        # A resume goes on with what was known.
+        before = {k: v for k, v in recorded(self.path).items() if k in ("started", "step", "seconds", "metrics")}
         self.fields: dict[str, Any] = {"started": _now(), **before, "status": "running", "pid": os.getpid()}
 
     def beat(self, step: int, seconds: float, metrics: dict[str, Any], every: float = 5.0) -> None:
@@ -215,6 +210,15 @@ class Status:
             self.summary,
             scrub("\n".join([head, *lines, *([self.fields["error"]] if self.fields.get("error") else [])])) + "\n",
         )
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """An object that was written down; empty where it is not there or, after a power cut, not whole."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def replace(path: Path, text: str) -> None:

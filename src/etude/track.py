@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from etude import config as conf
+from etude.cli import guard
 from etude.errors import EtudeError, Refusal, StorageFault
 from etude.redact import scrub
 from etude.signature import did_you_mean
@@ -216,14 +217,12 @@ def _cut(path: Path, start_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= start_step:
+    for line in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that no run wrote
+            if line.endswith(b"\n") and json.loads(line)["step"] <= start_step:
                 kept.append(line)
-        except ValueError:
-            continue
     making = path.with_name(f".{path.name}.{os.getpid()}")
-    making.write_text("".join(kept), encoding="utf-8")
+    making.write_bytes(b"".join(kept))
     os.replace(making, path)
 
 
@@ -277,16 +276,17 @@ def sync(arguments: list[str]) -> int:
         given = {key: yaml.safe_load(value) for key, value in settings.items()}
     except yaml.YAMLError:
         raise Refusal(f"{' '.join(f'{k}={v}' for k, v in settings.items())}: these values cannot be read") from None
-    checked = known[to] | given
-    conf.check_targets({to: checked}, ["etude"])
-    conf.check_relations({to: checked})
+    _checked(to, known[to] | given)
     for run in find(runs):
         path = run / "meta" / "full_config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise Refusal(f"{path} cannot be read: {run} is no whole run") from None
-        node = known[to] | ((config.get("tracker") or {}).get(to) or {}) | given
+        had = (config.get("tracker") or {}).get(to) or {}
+        node = _checked(
+            to, known[to] | had | given | {"_target_": known[to]["_target_"]}
+        )  # a run names no code to call
         with locked(run), alone(run, to):
             try:
                 n = replay(conf.build(node), run, config)
@@ -298,18 +298,24 @@ def sync(arguments: list[str]) -> int:
     return 0
 
 
+def _checked(to: str, node: dict) -> dict:
+    conf.check_targets({to: node}, ["etude"])
+    conf.check_relations({to: node})
+    return node
+
+
 def main(arguments: list[str]) -> int:
     """-> exit code."""
-    try:
-        if not arguments or {"-h", "--help"} & set(arguments):
-            print(__doc__)
-            return 0
-        if arguments[0] != "sync":
-            raise Refusal(f"there is no {arguments[0]}{did_you_mean(arguments[0], ['sync'])}")
-        return sync(arguments[1:])
-    except EtudeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+    return guard(lambda: _main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    if arguments[0] != "sync":
+        raise Refusal(f"there is no {arguments[0]}{did_you_mean(arguments[0], ['sync'])}")
+    return sync(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -88,8 +88,7 @@ def chosen(cfg: dict) -> dict[str, Any]:
     from hydra.core.hydra_config import HydraConfig
 
     if cfg["reproduce"]["run"] is not None:
-        kept = Path(cfg["reproduce"]["run"]) / "meta" / "choices.json"
-        return json.loads(kept.read_text()) if kept.exists() else {}
+        return runs.recorded(Path(cfg["reproduce"]["run"]) / "meta" / "choices.json")
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     return {group: choice for group, choice in choices.items() if not group.startswith("hydra/")}
 
@@ -343,15 +342,15 @@ class Session:
             status.write()
             self.tracker.open(self.folder, self.progress.step)
         source = None if cfg["reproduce"]["run"] is None else Path(cfg["reproduce"]["run"])
-        if main and source is not None and not (self.folder / "reproduction.json").exists():
-            display.say("\n".join(reproduce.begin(source, self.folder, cfg)))
-        display.say(summary.at_start(self, limit))
-        if cfg["compile"]:
-            for model in (self.model, self.ref):
-                for block in getattr(model, "blocks", ()):
-                    block.compile()
-        model = self.parallel.wrap(self.model, self.world)
         try:
+            if main and source is not None and not (self.folder / "reproduction.json").exists():
+                display.say("\n".join(reproduce.begin(source, self.folder, cfg)))
+            display.say(summary.at_start(self, limit))
+            if cfg["compile"]:
+                for model in (self.model, self.ref):
+                    for block in getattr(model, "blocks", ()):
+                        block.compile()
+            model = self.parallel.wrap(self.model, self.world)
             part = functools.partial(
                 fit,
                 model=model,
@@ -435,7 +434,7 @@ class Session:
         """What a run that was killed between its last checkpoint and its end has left to do."""
         from etude import saving
 
-        if self.world.rank != 0 or json.loads((self.folder / "status.json").read_text())["status"] == "completed":
+        if self.world.rank != 0 or runs.recorded(self.folder / "status.json").get("status") == "completed":
             return
         saving.export(self)
         status = runs.Status(self.folder)

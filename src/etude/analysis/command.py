@@ -11,7 +11,6 @@ python -m etude.analysis curves RUNS ... plot=FILE.png [metric=train/loss,val/lo
     learning curves over x=step, tokens, flops or seconds; with by=, means and intervals over seeds"""
 
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from etude.analysis.comparison import Comparison, compare
 from etude.analysis.load import HASHES, find_runs, load_runs, need
 from etude.analysis.plots import plot_compare, plot_curves, save_figure
 from etude.analysis.settings import config_diff, table
+from etude.cli import guard
 from etude.errors import Refusal
 from etude.signature import did_you_mean
 
@@ -33,24 +33,23 @@ OPTIONS: dict[str, dict[str, type]] = {
 
 def main(arguments: list[str]) -> int:
     """-> exit code."""
+    return guard(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> None:
     what, rest = arguments[:1], arguments[1:]
-    try:
-        if {"-h", "--help"} & set(arguments):
-            print(__doc__)
-        elif what == ["compare"]:
-            _compare(*_parsed("compare", rest))
-        elif what == ["curves"]:
-            _curves(*_parsed("curves", rest))
-        elif what != ["diff"]:
-            _show_runs(load_runs(arguments or "runs"))
-        elif len(rest) == 2:
-            _show(config_diff(*rest))
-        else:
-            raise Refusal("diff takes two runs: python -m etude.analysis diff RUN_A RUN_B")
-    except Refusal as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    return 0
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+    elif what == ["compare"]:
+        _compare(*_parsed("compare", rest))
+    elif what == ["curves"]:
+        _curves(*_parsed("curves", rest))
+    elif what != ["diff"]:
+        _show_runs(load_runs(arguments or "runs"))
+    elif len(rest) == 2:
+        _show(config_diff(*rest))
+    else:
+        raise Refusal("diff takes two runs: python -m etude.analysis diff RUN_A RUN_B")
 
 
 def _parsed(command: str, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:

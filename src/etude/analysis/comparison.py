@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from etude.analysis import stats
 from etude.analysis.load import HASHES, Runs, find_runs, load_runs, need
-from etude.analysis.settings import arms, plain, varying
+from etude.analysis.settings import arms, need_numbers, plain, varying
 from etude.errors import Refusal
 from etude.signature import did_you_mean
 
@@ -60,9 +60,9 @@ def compare(
     (default: the one observed); `seed` draws the bootstrap's resamples. Raises Refusal where the answer would mean
     nothing: other data, a single seed."""
     df, named, by = _arms(runs, group_by)
-    if metric not in df:
-        metrics = [c for c in df.columns if df[c].dtype == float and not c.startswith("config.")]
-        raise Refusal(f"metric={metric}: no run has it{did_you_mean(metric, metrics)}")
+    need_numbers(df, metric)
+    if effect is not None and not 0 < abs(effect) < math.inf:
+        raise Refusal(f"effect={effect} should be the difference that would matter, a number like 0.01")
     if not 0 < confidence < 1 or not 0 < power < 1:
         raise Refusal(f"confidence={confidence} and power={power} have to lie between 0 and 1, like 0.95 and 0.8")
     order = sorted(dict.fromkeys(named), key=natural)

@@ -50,17 +50,22 @@ def need(module: str) -> Any:
 
 def find_runs(pattern: Runs) -> list[Path]:
     """Run folders of `pattern`, each once, by path. Folders are searched three deep, which reaches
-    runs/sweeps/<sweep>/<job>. Raises Refusal where there is none."""
+    runs/sweeps/<sweep>/<job>. Raises Refusal for a place that is not there, and where there is no run at all: of several
+    places one may be empty, as a sweep is before its first job."""
     if hasattr(pattern, "columns"):
         return [Path(run) for run in pattern["run"]]
-    if not isinstance(pattern, (str, Path)):
-        return list(dict.fromkeys(run for one in pattern for run in find_runs(one)))
-    top = Path(pattern).expanduser()
-    places = [top] if top.exists() else [Path(p) for p in sorted(glob.glob(str(top), recursive=True))]
-    if found := list(dict.fromkeys(run for place in places for run in _search(place, 3))):
-        return found
-    what = "no run is in it" if places else "there is no such folder"
-    raise Refusal(f"{pattern}: {what}; give a folder of runs, a run or a glob, like runs or 'runs/2026*'")
+    patterns = [pattern] if isinstance(pattern, (str, Path)) else list(pattern)
+    like = "give a folder of runs, a run or a glob, like runs or 'runs/2026*'"
+    found: dict[Path, None] = {}
+    for one in patterns:
+        top = Path(one).expanduser()
+        places = [top] if top.exists() else [Path(p) for p in sorted(glob.glob(str(top), recursive=True))]
+        if not places:
+            raise Refusal(f"{one}: there is no such folder; {like}")
+        found |= dict.fromkeys(run for place in places for run in _search(place, 3))
+    if not found:
+        raise Refusal(f"{' '.join(map(str, patterns[:3])) or 'nothing'}: no run is in it; {like}")
+    return list(found)
 
 
 def _search(folder: Path, depth: int) -> Iterator[Path]:

@@ -27,7 +27,20 @@ def varying(df: "pd.DataFrame") -> list[str]:
 
 def plain(column: "pd.Series") -> list[Any]:
     """Values with None for what is missing. An absent key and null are the same setting."""
-    return [None if v != v else v for v in column.tolist()]
+    return [None if missing else v for v, missing in zip(column.tolist(), column.isna())]
+
+
+def need_numbers(df: "pd.DataFrame", *columns: str) -> None:
+    """Raises Refusal unless every one of `columns` is there and holds numbers."""
+
+    def numeric(column: str) -> bool:
+        return all(v is None or isinstance(v, (int, float)) and not isinstance(v, bool) for v in plain(df[column]))
+
+    for column in columns:
+        if column not in df or not numeric(column):
+            close = did_you_mean(column, [c for c in df.columns if not c.startswith("config.") and numeric(c)])
+            kind = "is not a number; take one like val/full_loss or seconds"
+            raise Refusal(f"{column} {kind}" if column in df else f"no run has {column}{close}")
 
 
 def _aside(column: str) -> bool:
@@ -157,9 +170,7 @@ def final(runs: Runs, metric: str = "val/full_loss", params: str = "params") -> 
     `params` may be params_active or params_non_embedding; `loss` is the last value of `metric`. Raises Refusal where no
     run has them."""
     df = load_runs(runs) if not hasattr(runs, "columns") else runs
-    if missing := [c for c in (metric, params) if c not in df]:
-        numeric = [c for c in df.columns if df[c].dtype == float or c.startswith("params")]
-        raise Refusal(f"no run has {missing[0]}{did_you_mean(missing[0], numeric)}")
+    need_numbers(df, metric, params)
     done = df[(df["status"] == "completed") & df[metric].notna()]
     settings = shown_settings(done)
     columns = {params: "params", "tokens": "tokens", "flops": "flops", metric: "loss"}

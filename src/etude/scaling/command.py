@@ -10,12 +10,13 @@ python -m etude.scaling isoflop RUNS ... [plot=FILE.png] [params=params_non_embe
 python -m etude.scaling fit RUNS ... [plot=FILE.png] [params=params_active] [metric=val/full_loss] [flops=1e18]
     L(N, D) = E + A / N^alpha + B / D^beta, and the best size for some FLOPs"""
 
-import sys
+import math
 from pathlib import Path
 from typing import Any
 
 from etude.analysis.plots import save_figure
 from etude.analysis.settings import final
+from etude.cli import guard
 from etude.errors import Refusal
 from etude.scaling import laws, transfer
 from etude.signature import did_you_mean
@@ -31,18 +32,18 @@ OPTIONS: dict[str, dict[str, type]] = {
 
 def main(arguments: list[str]) -> int:
     """-> exit code."""
+    return guard(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     commands = {"coord": coord, "lr_transfer": lr_transfer, "isoflop": isoflop, "fit": fit}
-    try:
-        if not arguments or {"-h", "--help"} & set(arguments):
-            print(__doc__)
-            return 0
-        what = arguments[0]
-        if what not in commands:
-            raise Refusal(f"etude.scaling has no {what}{did_you_mean(what, list(commands))}")
-        return commands[what](*parsed(what, arguments[1:]))
-    except Refusal as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    what = arguments[0]
+    if what not in commands:
+        raise Refusal(f"etude.scaling has no {what}{did_you_mean(what, list(commands))}")
+    return commands[what](*parsed(what, arguments[1:]))
 
 
 def parsed(command: str, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -104,9 +105,10 @@ def coord(overrides: list[str], options: dict[str, Any]) -> int:
 
 def _widths(text: str) -> list[int]:
     parts = text.strip("[]").split(",")
-    if len(parts) < 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise Refusal(f"widths={text} should be two or more widths, like widths=32,64,128,256")
-    return sorted(map(int, parts))
+    widths = sorted({int(p) for p in parts if p.isdecimal() and int(p) > 0})
+    if len(parts) < 2 or len(widths) < len(parts):
+        raise Refusal(f"widths={text} should be two or more different widths, like widths=32,64,128,256")
+    return widths
 
 
 def _composed(overrides: list[str]) -> dict:
@@ -156,6 +158,8 @@ def isoflop(places: list[str], options: dict[str, Any]) -> int:
 
 
 def fit(places: list[str], options: dict[str, Any]) -> int:
+    if not 0 < options.get("flops", 1) < math.inf:
+        raise Refusal(f"flops={options['flops']:g} should be the FLOPs to spend, like flops=1e18")
     table, params = _final(places, options)
     found = laws.fit_loss(table)
     law, percent = found.law, f"{100 * found.confidence:g} %"

@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from etude.analysis.load import Runs, load_runs, need
+from etude.analysis.settings import need_numbers
 from etude.errors import Refusal
 from etude.scaling.laws import Interval, percentiles
 
@@ -39,8 +40,9 @@ def table(runs: Runs, metric: str = "val/full_loss") -> "pd.DataFrame":
     """Runs as (mup, width, lr, seed, loss). A run that diverged has no loss and is left out. Raises Refusal where there is
     nothing to compare."""
     df = load_runs(runs)
-    if missing := [c for c in (metric, *COLUMNS) if c not in df]:
+    if missing := [c for c in COLUMNS if c not in df]:
         raise Refusal(f"no run has {missing[0]}; train some with: python train.py sweep=lr_transfer")
+    need_numbers(df, metric)
     found = df[df["status"] == "completed"][[*COLUMNS, metric]].rename(columns=COLUMNS | {metric: "loss"})
     found = found[found["loss"].notna() & (found["loss"] < math.inf)].reset_index(drop=True)
     if not len(found):

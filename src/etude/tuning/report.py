@@ -33,12 +33,14 @@ def shown(study: "Study") -> list["FrozenTrial"]:
 
 def best(study: "Study") -> list["FrozenTrial"]:
     """The best trial, or with several objectives those that no other beats in all of them; by their first value."""
+    from optuna.study import StudyDirection
     from optuna.trial import TrialState
 
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         return []
     found = study.best_trials if len(study.directions) > 1 else [study.best_trial]
-    return sorted(found, key=lambda t: t.values)
+    signs = [-1 if d == StudyDirection.MAXIMIZE else 1 for d in study.directions]
+    return sorted(found, key=lambda t: [sign * v for sign, v in zip(signs, t.values)])
 
 
 def status(trial: "FrozenTrial") -> str:

@@ -108,7 +108,9 @@ class Search:
     sampler: Callable[[int, Space, list[dict[str, Any]]], "BaseSampler | None"]
     max_failures: int
     running: dict[int, "Trial"] = dataclasses.field(default_factory=dict)  # by their jobs' numbers
-    seen: dict[int, int] = dataclasses.field(default_factory=dict)  # bytes read of a running trial's metrics
+    seen: dict[int, tuple[int, int]] = dataclasses.field(
+        default_factory=dict
+    )  # of a running trial's metrics: see new_lines
     behind: set[int] = dataclasses.field(default_factory=set)  # told to stop by the pruner
     failed: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # parameters that failed in this start
     in_a_row: int = 0
@@ -154,7 +156,7 @@ class Search:
         trial = self.running[number]
         if number not in self.seen:
             trial.set_user_attr("run", str(folder))
-        self.seen.setdefault(number, 0)
+        self.seen.setdefault(number, (0, 0))
         reported = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
         lines, self.seen[number] = new_lines(folder / "logs" / "metrics.jsonl", self.seen[number])
         for line in lines:
@@ -183,6 +185,7 @@ class Search:
         if result.working_dir and number not in self.seen:
             trial.set_user_attr("run", result.working_dir)
         if not error:
+            self.refusal = self.refusal or self.nothing_to_prune(trial, result.working_dir)
             self.study.tell(trial, values)
             self.in_a_row = 0
             return
@@ -196,6 +199,23 @@ class Search:
                 f"{self.in_a_row} trials in a row failed, the last with: {error.splitlines()[-1]}; mend that and start again, "
                 f"or set hydra.sweeper.max_failures={4 * self.max_failures}"
             )
+
+    def nothing_to_prune(self, trial: "Trial", folder: str | None) -> Refusal | None:
+        """Of a completed run in which the pruner could not have looked at anything."""
+        from optuna.pruners import NopPruner
+
+        found = self.study.get_trials(deepcopy=False)[trial.number]
+        run = found.user_attrs.get("run", folder)
+        if isinstance(self.study.pruner, NopPruner) or found.intermediate_values or run is None:
+            return None
+        lines, _ = new_lines(Path(run) / "logs" / "metrics.jsonl", (0, 0))
+        names = sorted({name for line in lines for name in line} - {"step"})
+        if self.prune_metric in names:  # of a run that ended before it was looked at
+            return None
+        return Refusal(
+            f"hydra.sweeper.prune_metric={self.prune_metric} is not in the log of {run}{did_you_mean(self.prune_metric, names)}; "
+            "choose another, evaluate more often (eval_every), or set hydra/sweeper/pruner=none"
+        )
 
     def values(self, metrics: Any) -> tuple[list[float], str]:
         """(the objectives, what is wrong with them)."""
@@ -220,15 +240,16 @@ def different(points: list[dict[str, Any]]) -> int:
     return len({json.dumps(p, sort_keys=True) for p in points})
 
 
-def new_lines(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a metrics file from byte `start`, and where the next one begins. A file that became shorter was
-    cut by a resume: it is read again."""
+def new_lines(path: Path, seen: tuple[int, int]) -> tuple[list[dict[str, Any]], tuple[int, int]]:
+    """The whole lines of a metrics file that are new since `seen`, (the file's number, how many bytes were read), and what is
+    seen now. A resume puts a new file in the place of the old one, which is read from its beginning."""
     try:
         with path.open("rb") as file:
-            start = start if os.fstat(file.fileno()).st_size >= start else 0
+            number, start = os.fstat(file.fileno()).st_ino, seen[1]
+            start = start if number == seen[0] else 0
             file.seek(start)
             whole = file.read()
     except FileNotFoundError:
-        return [], start
+        return [], seen
     whole = whole[: whole.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], start + len(whole)
+    return [json.loads(line) for line in whole.splitlines()], (number, start + len(whole))
