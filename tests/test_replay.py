@@ -189,6 +189,14 @@ def test_other_strategies(tmp_path: Path, capsys: pytest.CaptureFixture[str], st
         assert ", chosen" in text or ", rejected" in text
     if "grpo" in strategy:
         assert "advantage" in text
+        reproduced(run, tmp_path / "again")
+
+
+def reproduced(run: Path, folder: Path) -> None:
+    """Whole, to the bit: a rollout's texts, and two ranks' sums, too."""
+    train(f"reproduce={run}", f"runs_dir={folder}")
+    found = json.loads((run_in(folder) / "reproduction.json").read_text())
+    assert found["equal"] and found["weights"] and identity(run_in(folder)) == identity(run)
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -201,6 +209,7 @@ def test_two_processes(tmp_path: Path) -> None:
         done.stdout + done.stderr
     )
     assert "rank 0" in done.stdout and "rank 1" in done.stdout
+    reproduced(run, tmp_path / "again")
 
 
 NAN = """
