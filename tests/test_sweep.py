@@ -2,6 +2,8 @@
 
 Most jobs here are a script that keeps a run's folder as train.py does, without torch: what is tested is the sweep."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -10,27 +12,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import yaml
 from forked import Forked, run
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.defaults_list import create_defaults_list
+from hydra._internal.hydra import Hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, flag_override
+from omegaconf import DictConfig, OmegaConf, flag_override
+from optuna.distributions import CategoricalDistribution
 from running import ROOT, environment, identity, run_in, tiny, train
 
 from etude.config import CONF, check
-from etude.errors import Refusal
+from etude.errors import JobFailed, Refusal
 from etude.sweep import job as jobs
 from etude.sweep.job import Job
 from etude.sweep.place import choice_files, overrides_hash, read
 from etude.sweep.place import identity as identity_of
 from etude.sweep.pool import Pool, Resources, share, visible_gpus
 from etude.sweep.table import Table
+from hydra_plugins.etude_optuna.sweeper import OptunaSweeper
 
 SCRIPT = """
 from etude.cli import main
@@ -155,7 +165,8 @@ def test_three_of_eight_jobs_die_and_the_same_command_finishes_them(tmp_path: Pa
     path = os.pathsep.join([str(ROOT / "src"), str(tmp_path)])
     flag = f"--config-dir={tmp_path / 'conf'}"
     given = [
-        *tiny(tmp_path, max_steps=5, save_every=2, eval_every="null", sample_prompts="[]"),
+        *tiny(tmp_path, max_steps=5, save_every=2, eval_every="null", sample_prompts="[]", tracker="default"),
+        "~tracker.tensorboard",  # which a job that goes on must not delete again
         "strategy=rogue",
         "trusted=[etude,rogue]",
     ]
@@ -236,7 +247,7 @@ def test_ctrl_c_stops_the_jobs_and_the_same_command_goes_on(tmp_path: Path, ligh
 
 
 BARE = """
-import json, os, signal, sys, time
+import json, os, shutil, signal, sys, time
 from pathlib import Path
 
 folder, fate = Path(sys.argv[1]), sys.argv[2]
@@ -256,6 +267,9 @@ if fate == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if fate == "silent":
     os._exit(0)
+if fate == "gone":
+    shutil.rmtree(folder)
+    os._exit(9)
 if fate == "late":
     (folder / "status.json").write_text('{"status": "completed"}')
     os.abort()
@@ -264,21 +278,20 @@ end("completed", 0)
 """
 
 
-def pool(folder: Path, fates: list[str], **settings: object) -> list[Job]:
-    """Run jobs of the script above."""
+def pool(folder: Path, fates: list[str], own: Callable = lambda job: (None, 1), **settings: object) -> list[Job]:
+    """Run jobs of the script above, whose configs say own(job) = (threads, processes)."""
     (folder / "bare.py").write_text(BARE)
     given = {
         "at_once": 2,
         "threads": 1,
-        "own_threads": None,
         "gpus": None,
-        "gpus_each": 1,
+        "cores": 2,
         "timeout": None,
         "grace": 0.5,
     }
     found = [Job(n, [fate], folder / str(n)) for n, fate in enumerate(fates)]
     ends: list[Job] = []
-    runner = Pool(Resources(**given | settings), lambda j, o: [str(folder / "bare.py"), str(j.folder), *o], False)  # type: ignore[arg-type]
+    runner = Pool(Resources(**given | settings), lambda j, o: [str(folder / "bare.py"), str(j.folder), *o], own, False)  # type: ignore[arg-type]
     runner.run(iter(found), Table("lines", found, len(found), [], None), None, ends.append)
     assert {j.number for j in ends} == set(range(len(fates)))
     return found
@@ -289,10 +302,12 @@ def told(job: Job) -> dict:
 
 
 def test_each_end_is_told(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """What became of a job is in its status.json and in its line, however it ended; os._exit(0) is no success."""
-    found = pool(tmp_path, ["good", "killed", "silent", "late", "child"], at_once=5)
-    assert [j.status for j in found] == ["completed", "failed", "failed", "completed", "completed"]
-    assert [j.code for j in found] == [0, 137, 1, 0, 0]
+    """What became of a job is in its status.json and in its line, however it ended; os._exit(0) is no success. One that
+    removes its folder, or whose folder cannot be made, costs only itself."""
+    (tmp_path / "6").touch()
+    found = pool(tmp_path, ["good", "killed", "silent", "late", "child", "gone", "nowhere"], at_once=7)
+    assert [j.status for j in found] == ["completed", "failed", "failed", "completed", "completed", "failed", "failed"]
+    assert [j.code for j in found] == [0, 137, 1, 0, 0, 9, 4]
     why = [j.why for j in found]
     assert why == [
         "",
@@ -300,11 +315,13 @@ def test_each_end_is_told(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
         "exited with code 0 before its end",
         "SIGABRT after its end",
         "",
+        "exited with code 9 and no message",
+        f"{tmp_path}/6/.lock: Not a directory",
     ]
-    assert [j.record["status"] for j in found] == [j.status for j in found]
+    assert [j.record["status"] for j in found[:6]] == [j.status for j in found[:6]]
     assert found[1].record["exit_code"] == 137 and found[1].record["error"] == why[1]
     said = capfd.readouterr().out
-    assert "job 0 completed in 0:0" in said and "val/full_loss 2.5" in said and "(5 of 5 have ended)" in said
+    assert "job 0 completed in 0:0" in said and "val/full_loss 2.5" in said and "(7 of 7 have ended)" in said
     left = int((found[4].folder / "child").read_text())
     wait_for(lambda: not alive(left))  # what a job leaves behind goes with it
 
@@ -319,18 +336,62 @@ def test_time_out(tmp_path: Path) -> None:
 
 
 def test_gpus_and_threads_are_handed_out(tmp_path: Path) -> None:
-    """Two jobs at once on two GPUs never share one, and a job's own threads= goes before the sweep's."""
+    """Two jobs at once on two GPUs never share one, and what a job's own config says goes before the sweep's."""
     found = pool(tmp_path, ["good"] * 4, gpus=["3", "5"], threads=2)
     assert sorted(j.gpus[0] for j in found[:2]) == ["3", "5"] and {j.gpus[0] for j in found} == {"3", "5"}
     assert [told(j)["CUDA_VISIBLE_DEVICES"] for j in found] == [j.gpus[0] for j in found]
     assert all(told(j)["OMP_NUM_THREADS"] == "2" and told(j)["argv"] == ["threads=2"] for j in found)
     none = tmp_path / "none"
     none.mkdir()
-    (job,) = pool(none, ["good"], gpus=[], own_threads=3)
-    assert told(job)["CUDA_VISIBLE_DEVICES"] == "" and told(job)["OMP_NUM_THREADS"] == "3"
+    (job,) = pool(none, ["good"], lambda job: (3, 1), gpus=[])
+    assert told(job)["CUDA_VISIBLE_DEVICES"] == "" and told(job)["OMP_NUM_THREADS"] == "3" and not told(job)["argv"]
     both = tmp_path / "both"
     both.mkdir()
-    assert [j.gpus for j in pool(both, ["good", "good"], gpus=["0", "1", "2"], gpus_each=2)] == [["0", "1"], ["2", "0"]]
+    found = pool(both, ["good", "good"], lambda job: (None, 2), gpus=["0", "1", "2"])
+    assert [j.gpus for j in found] == [["0", "1"], ["2", "0"]]
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    found = pool(mixed, ["good"] * 3, lambda job: (None, [1, 2, 1][job.number]), at_once=None, gpus=["0", "1"])
+    assert [len(j.gpus) for j in found] == [1, 2, 1]
+    ends = [j.begun + j.seconds for j in found]
+    assert found[1].begun >= ends[0] and found[2].begun >= ends[1], "two ranks wait until both GPUs are free"
+
+
+ARGUMENTS = """
+import json, sys
+from pathlib import Path
+folder = Path(sys.argv[-1].partition("=")[2])
+(folder / "argv.json").write_text(json.dumps(sys.argv))
+(folder / "status.json").write_text('{"status": "completed", "metrics": {"val/full_loss": 2.5}}')
+"""
+
+
+def test_each_job_is_asked_for_its_threads_and_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """They may come from a swept choice. A config that there is not costs only its job; a metric that no run has is told."""
+    (tmp_path / "script.py").write_text(ARGUMENTS)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "script.py")])
+    given = ("at_once=2", "gpus=[0,1,2,3]", "metric=val/ful_loss")
+    with hydra_of(CONF) as hydra:
+        settings = [f"hydra.sweep.dir={tmp_path / 'sweep'}", *(f"hydra.launcher.{s}" for s in given)]
+        config = hydra.compose_config("train", settings, RunMode.MULTIRUN)
+        launcher = instantiate(config.hydra.launcher)
+        context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
+        launcher.setup(hydra_context=context, task_function=None, config=config)
+        (tmp_path / "sweep").mkdir()
+        launcher.launch([["experiment=schedule/cosine"], ["parallel=ddp", "parallel.nproc=3"], ["no.such=1"]], 0)
+        folders = [next(p.parent for p in (tmp_path / "sweep").glob(f"{n}_*/argv.json")) for n in range(3)]
+        typed = [[a for a in json.loads((f / "argv.json").read_text()) if "threads=" in a] for f in folders]
+        assert [len(t) for t in typed] == [0, 1, 1], "experiment/study.yaml has threads: 1"
+        told = capsys.readouterr()
+        assert re.search("job 1: .* on GPU 1,2,3\n", told.out) and re.search("job 2: .* on GPU .\n", told.out), told.out
+        assert told.err.count("did you mean val/full_loss") == 1, told.err
+
+        launcher.threads = 2
+        (result,) = launcher.launch([["experiment=schedule/wsd"]], 0)
+        with pytest.raises(JobFailed, match="threads=1 and hydra.launcher.threads=2 disagree"):
+            assert result.return_value
 
 
 def test_an_error_in_the_sweep_stops_its_jobs(tmp_path: Path) -> None:
@@ -344,7 +405,10 @@ def test_an_error_in_the_sweep_stops_its_jobs(tmp_path: Path) -> None:
         return False
 
     runner = Pool(
-        Resources(2, 1, None, None, 1, None, 5.0), lambda j, o: [str(tmp_path / "bare.py"), str(j.folder), *o], False
+        Resources(2, 1, None, 2, None, 5.0),
+        lambda j, o: [str(tmp_path / "bare.py"), str(j.folder), *o],
+        lambda j: (None, 1),
+        False,
     )
     with pytest.raises(ValueError, match="mistake"):
         runner.run(iter([job]), Table("none", [job], None, [], None), watch, lambda j: None)
@@ -375,7 +439,7 @@ def test_a_job_waits_for_its_folder(tmp_path: Path) -> None:
     """One that a killed sweep left may still be saving: it is not run twice at the same time."""
     folder = tmp_path / "0"
     folder.mkdir()
-    code = f"import time\nfrom pathlib import Path\nfrom etude.run import locked\nwith locked(Path({str(folder)!r})):\n  print('held', flush=True)\n  time.sleep(2)\n  Path({str(folder / 'free')!r}).touch()\n"
+    code = f"import time\nfrom pathlib import Path\nfrom etude.run import locked\nwith locked(Path({str(folder)!r})):\n  print('held', flush=True)\n  time.sleep(1)\n  Path({str(folder / 'free')!r}).touch()\n"
     holder = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     assert jobs.locked_by_another(folder)
@@ -438,6 +502,13 @@ def test_what_a_sweep_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_slip_leaves_no_folder(tmp_path: Path, light: Callable) -> None:
+    done = light("optimizer.lrr=1,2")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "unknown key optimizer.lrr; did you mean optimizer.lr?" in done.stderr
+    assert not sweeps(tmp_path)
+
+
 def test_an_unknown_setting_of_the_launcher(light: Callable) -> None:
     done = light("seed=0,1", "hydra.launcher.at_onse=2")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
@@ -454,7 +525,7 @@ def test_presets_are_sweeps(preset: str, jobs: int) -> None:
     parse = OverridesParser.create().parse_overrides
     (batch,) = BasicSweeper.split_arguments(parse(chosen), None)
     assert len(batch) == jobs
-    for overrides in batch[:: max(1, len(batch) // 3)]:
+    for overrides in batch[:: (len(batch) - 1) // 2]:
         job = composed(*overrides)
         with flag_override(job, "struct", False):
             del job["hydra"]
@@ -462,6 +533,14 @@ def test_presets_are_sweeps(preset: str, jobs: int) -> None:
     key = next(iter(cfg.hydra.sweeper.params))
     (fewer,) = BasicSweeper.split_arguments(parse([*chosen, f"{key}=5"]), None)
     assert len(fewer) < jobs
+
+
+@contextlib.contextmanager
+def hydra_of(folder: Path) -> Iterator[Hydra]:
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        yield hydra
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -543,15 +622,112 @@ def test_a_hash_is_of_what_counts() -> None:
 
 def test_a_sweep_over_files_knows_when_one_is_changed(tmp_path: Path) -> None:
     """Also where a choice takes in another file by its defaults list."""
-    group = tmp_path / "model" / "attn"
-    group.mkdir(parents=True)
-    (group / "one.yaml").write_text("defaults:\n  - two\n  - /other@x: deep\n  - _self_\na: 1\n")
-    (group / "two.yaml").write_text("b: 1\n")
-    (group / "three.yaml").write_text("b: 1\n")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "deep.yaml").write_text("c: 1\n")
+    files = {
+        "model/attn/one": "defaults: [two, /other@x: deep, rope: 'some_${x}', _self_]",
+        "model/attn/two": "defaults: [/other/in/list, override /other: [in/group, null]]",
+        "model/attn/three": "b: 1",
+        "model/attn/rope/some_a": "a: 1",
+        "other/deep": "c: 1",
+        "other/in/list": "defaults: [beside]",  # starts from other/in
+        "other/in/beside": "defaults: [list]",
+        "other/in/group": "{",
+        "model/attn/in/group": "defaults: [three]",  # starts from model/attn, as Hydra has it for a choice
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(text)
     found = choice_files([tmp_path], ["model/attn=one,four", "seed=0,1", "model.dim=3"])
-    assert sorted(Path(name).name for name in found) == ["deep.yaml", "one.yaml", "two.yaml"]
+    assert set(found) == {f"{n}.yaml" for n in files} - {"model/attn/three.yaml", "model/attn/in/group.yaml"}
+    found = choice_files([tmp_path], ["+model/attn='in/group',three", "model/attn@y=glob(t*,exclude=two)"])
+    assert list(found) == ["model/attn/in/group.yaml", "model/attn/three.yaml"]
+    assert list(choice_files([tmp_path], ["other=[deep],[in/beside,in/list]"])) == [
+        "other/deep.yaml", "other/in/beside.yaml", "other/in/list.yaml",
+    ]  # fmt: skip
+
+
+def test_the_files_of_a_choice_are_those_that_hydra_reads() -> None:
+    """For every file of conf/experiment and conf/sweep that takes in others."""
+    with hydra_of(CONF) as hydra:
+        _, repo = hydra.config_loader._parse_overrides_and_create_caching_repo("train", [])  # type: ignore[attr-defined]
+        parse = OverridesParser.create().parse_overrides
+
+        def read_for(*overrides: str) -> set[str]:
+            made = create_defaults_list(repo, "train", parse(list(overrides)), prepend_hydra=True, skip_missing=False)
+            return {f"{d.config_path}.yaml" for d in made.defaults}
+
+        always, looked_at = read_for(), 0
+        for group in ("experiment", "sweep"):
+            for path in (CONF / group).rglob("*.yaml"):
+                if "defaults:" in path.read_text():
+                    choice = path.relative_to(CONF / group).with_suffix("")
+                    found = choice_files([CONF], [f"{group}={choice},none"])
+                    assert read_for(f"{group}={choice}") - always <= set(found), path
+                    looked_at += 1
+        assert looked_at > 10
+
+
+def test_an_edit_of_what_swept_experiments_take_in_is_another_sweep(tmp_path: Path) -> None:
+    """And of a file that only Optuna's choices name: another study, and no going on with one of that name."""
+    folder = shutil.copytree(CONF, tmp_path / "conf")
+    with hydra_of(folder) as hydra:
+        arms = hydra.compose_config("train", ["experiment=schedule/cosine,schedule/wsd"], RunMode.MULTIRUN)
+        space = ["hydra/sweeper=optuna", "+hydra.sweeper.params={model/attn:{choices:[gqa,mla]}}"]
+        searched = hydra.compose_config("train", space, RunMode.MULTIRUN)
+    sweeper = OptunaSweeper.__new__(OptunaSweeper)
+    sweeper.config, sweeper.metrics, sweeper.directions = searched, ["val/loss"], ["minimize"]
+    sweeper.compose = lambda overrides: OmegaConf.create({"seed": 1})  # type: ignore[method-assign]
+    found = {"model/attn": CategoricalDistribution(["gqa", "mla"])}
+    before = identity_of(arms), identity_of(searched), sweeper.identity([], found)
+    assert before == (identity_of(arms), identity_of(searched), sweeper.identity([], found))
+    for name in ("experiment/study.yaml", "model/attn/mla.yaml"):
+        with (folder / name).open("a") as file:
+            file.write("# edited\n")
+    after = identity_of(arms), identity_of(searched), sweeper.identity([], found)
+    assert before[0] != after[0] and before[1] != after[1]
+    assert {k for k in after[2] if before[2].get(k) != after[2][k]} == {"model/attn/mla.yaml"}
+
+
+def test_what_goes_on_deletes_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stored config has what came of a deletion; typed again without it, the rest of its node would bring it back."""
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "config.yaml").touch()
+    monkeypatch.setattr(jobs.manifest, "steps", lambda folder: [folder / "step"])
+    monkeypatch.setattr(jobs.manifest, "fault", lambda step: None)
+    typed = ["tracker=default", "~tracker.tensorboard", "model=moe", "max_steps=9", "~lora"]
+    assert jobs.prepare(Job(0, typed, tmp_path)) == ["max_steps=9", f"resume={tmp_path}"]
+
+
+def test_logs_are_cleaned_however_large_and_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "hunter2-token")
+    key = "-----BEGIN PRIVATE KEY-----\n" + "abcd\n" * 9 + "-----END PRIVATE KEY-----\n"
+    log = tmp_path / "stdout.log"
+    log.write_text("a\r\n" * 9 + key + "hunter2-token\n")
+    assert any(key in text for text in jobs.pieces(io.StringIO(log.read_text()), 64))
+    (tmp_path / "status.json").write_text('{"status": "completed"}')  # of a sweep that was killed before the job's end
+    done = Job(0, [], tmp_path, status="completed", earlier=True)
+    runner = Pool(Resources(1, 1, None, 1, None, 1.0), lambda j, o: [], lambda j: (None, 1), False)
+    runner.run(iter([done]), Table("none", [done], 1, [], None), None, lambda job: None)
+    assert log.read_bytes() == b"a\r\n" * 9 + b"<redacted>\n<redacted>\n" and len(list(tmp_path.iterdir())) == 2
+
+    monkeypatch.setattr(jobs, "scrub", lambda text: text.replace("hunter2", "x"))  # the real one takes seconds
+    log.write_text("a line of 20 letters\n" * (2**26 // 21) + "and the last one has hunter2\n")
+    assert log.stat().st_size > 2**26
+    jobs.clean(log)
+    assert log.read_bytes().endswith(b"and the last one has x\n")
+
+
+def test_a_stuck_tracker_has_its_time() -> None:
+    """A run that was told to stop saves, then waits for its trackers: it must not be killed meanwhile."""
+    nodes = [n for p in (CONF / "tracker").glob("*.yaml") for n in (yaml.safe_load(p.read_text()) or {}).values()]
+    longest = max(n.get("timeout", 0) for n in nodes if isinstance(n, dict))
+    assert longest and composed().hydra.launcher.grace_seconds > longest
+
+
+def test_a_job_of_two_processes(tmp_path: Path) -> None:
+    overrides = tiny(tmp_path, max_steps=1, eval_every="null", save_every="null", sample_prompts="[]")
+    done = train("-m", *overrides, "parallel=ddp", "parallel.nproc=2", "hydra.launcher.at_once=1")
+    (sweep,) = sweeps(tmp_path)
+    assert status(sweep, 0)["status"] == "completed" and status(sweep, 0)["step"] == 1, done.stdout
 
 
 def test_reasons() -> None:

@@ -1,5 +1,6 @@
 """One job of a sweep: a process in its folder, from the decision whether to run it to what became of it."""
 
+import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -11,14 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from etude import config as conf
 from etude import manifest
 from etude import run as runs
-from etude.errors import Interrupted
+from etude.errors import EtudeError, Interrupted, StorageFault
 from etude.redact import scrub
 from etude.sweep.place import as_typed, key_of, overrides_hash
 
@@ -40,6 +41,10 @@ class Job:
     code: int | None = None  # exit code, 128 + n for signal n
     why: str = ""  # it did not complete
     process: subprocess.Popen[bytes] | None = None
+    own_threads: int | None = None  # what its config says
+    processes: int = 1  # of its config's parallel
+    at_once: int = 1  # how many jobs like it the machine has room for
+    threads: int = 1  # of each process
     gpus: list[str] = dataclasses.field(default_factory=list)
     begun: float = 0.0  # time.monotonic()
     seconds: float = 0.0
@@ -64,21 +69,26 @@ class Job:
 def locked_by_another(folder: Path) -> bool:
     """Whether a live process writes this run: a job of a sweep that was killed may still be saving."""
     try:
-        with (folder / ".lock").open("r+") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
+        lock = (folder / ".lock").open("r+")
     except FileNotFoundError:
         return False
-    except OSError:
-        return True
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        except (BlockingIOError, PermissionError):
+            return True
 
 
 def prepare(job: Job) -> list[str]:
     """Make the job's folder ready; -> the overrides with which its script is to be started. A run with a whole checkpoint
     goes on as it was, with those settings that a resume may change; one without begins again."""
+    root = lambda o: key_of(o).replace("/", ".").split(".")[0]  # noqa: E731
     whole = any(manifest.fault(p) is None for p in manifest.steps(job.folder / "artifacts" / "checkpoints"))
     if whole and (job.folder / "meta" / "config.yaml").exists():
-        change = [o for o in job.overrides if key_of(o).replace("/", ".").split(".")[0] in conf.MAY_CHANGE]
+        # `tracker=default ~tracker.tensorboard`: the stored config has what comes of it, and nothing to delete.
+        stays = {root(o) for o in job.overrides if o.startswith("~")}
+        change = [o for o in job.overrides if root(o) in conf.MAY_CHANGE and root(o) not in stays]
         return [*change, f"resume={job.folder}"]
     for name in ("artifacts", "logs", "meta"):
         shutil.rmtree(job.folder / name, ignore_errors=True)
@@ -108,11 +118,14 @@ def start(job: Job, command: list[str], environment: Mapping[str, str], pipe: in
 
 
 def note(job: Job, **fields: Any) -> None:
-    """Write status.json anew with these fields; of what was there, what a resume goes on with stays."""
+    """Write status.json anew with these fields; of what was there, what a resume goes on with stays. Where the disk does not
+    take it the sweep goes on, as it does not read there what it knows."""
     kept = ("started", "step", "steps", "seconds", "metrics")
     before = {k: v for k, v in job.record.items() if k in kept}
     record = {"started": now(), **before, **fields, "heartbeat": now()}
-    runs.replace(job.folder / "status.json", json.dumps(record, indent=1))
+    with contextlib.suppress(OSError, StorageFault):
+        job.folder.mkdir(parents=True, exist_ok=True)  # a job may have removed it
+        runs.replace(job.folder / "status.json", json.dumps(record, indent=1))
 
 
 def now() -> str:
@@ -133,6 +146,14 @@ def kill(job: Job) -> None:
             os.killpg(job.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+
+
+def lost(job: Job, error: OSError | EtudeError) -> None:
+    """A job that could not even be started."""
+    if isinstance(error, OSError):
+        error = StorageFault(f"{error.filename or job.folder}: {error.strerror}")
+    job.status, job.code, job.why = "failed", error.code, scrub(str(error))
+    note(job, status="failed", exit_code=job.code, error=job.why, ended=now())
 
 
 def ended(job: Job, dry: bool) -> bool:
@@ -176,20 +197,42 @@ def ended(job: Job, dry: bool) -> bool:
     return True
 
 
-def clean(log: Path, most: int = 2**26) -> None:
-    """Take secrets out of what a job printed; a log beyond `most` bytes is no log any more."""
-    if log.stat().st_size <= most:
-        text = log.read_text(encoding="utf-8", errors="surrogateescape")
-        if (cleaned := scrub(text)) != text:
-            log.write_text(cleaned, encoding="utf-8", errors="surrogateescape")
+def clean(log: Path) -> None:
+    """Take secrets out of what a job printed, a piece at a time, as that may be more than fits in memory."""
+    cleaned = log.with_name(f".{log.name}.{os.getpid()}")
+    changed = False
+    with contextlib.suppress(OSError):  # no log, no secret in it
+        with (
+            log.open(encoding="utf-8", errors="surrogateescape", newline="") as old,
+            cleaned.open("w", encoding="utf-8", errors="surrogateescape", newline="") as new,
+        ):
+            for text in pieces(old):
+                new.write(scrubbed := scrub(text))
+                changed |= scrubbed != text
+        if changed:
+            os.replace(cleaned, log)
+    with contextlib.suppress(OSError):
+        cleaned.unlink(missing_ok=True)
+
+
+def pieces(log: TextIO, size: int = 2**20) -> Iterator[str]:
+    """Whole lines of together about `size` characters; a private key is not cut in two."""
+    while lines := log.readlines(size):
+        text = "".join(lines)
+        while text.rfind("-----BEGIN ") > text.rfind("-----END ") and len(text) < 2 * size and (line := log.readline()):
+            text += line
+        yield text
 
 
 def output(job: Job, most: int = 8192) -> str:
     """The end of what this attempt has printed, without the command."""
-    with (job.folder / "stdout.log").open("rb") as log:
-        size = log.seek(0, os.SEEK_END)
-        log.seek(max(job.log_start, size - most))
-        return log.read().decode(errors="replace").partition("\n")[2]
+    try:
+        with (job.folder / "stdout.log").open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(job.log_start, size - most))
+            return log.read().decode(errors="replace").partition("\n")[2]
+    except OSError:
+        return ""
 
 
 def reason(text: str) -> str:

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -54,49 +55,80 @@ def identity(config: DictConfig) -> str:
     those choices that are swept over."""
     plain: Any = OmegaConf.to_container(config, resolve=False)
     hydra = plain.pop("hydra")
-    folders = [Path(s["path"]) for s in hydra["runtime"]["config_sources"] if s["schema"] == "file"]
     typed = counted(hydra["overrides"]["task"])
-    params = [f"{k}={v}" for k, v in (hydra["sweeper"].get("params") or {}).items()]
+    params = [sweep_of(k, v) for k, v in (hydra["sweeper"].get("params") or {}).items()]
     parts = (
         typed,
         {k: v for k, v in plain.items() if k not in NOT_COUNTED},
         {k: v for k, v in hydra["sweeper"].items() if k not in NOT_COUNTED_OF_SWEEPER},
-        choice_files(folders, [*params, *typed]),
+        choice_files(config_folders(config), [*params, *typed]),
     )
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def choice_files(folders: list[Path], overrides: list[str]) -> dict[str, str]:
-    """The contents of the group files that overrides like `model/attn=gqa,mla` lead to, by name."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+def sweep_of(key: str, value: Any) -> str:
+    """An entry of hydra.sweeper.params as an override, also where it is Optuna's {choices: [one, two]}."""
+    choices = value.get("choices") if isinstance(value, dict) else None
+    return f"{key}=choice({','.join(map(str, choices))})" if isinstance(choices, list) else f"{key}={value}"
 
+
+def config_folders(config: DictConfig) -> list[Path]:
+    """Where Hydra looks for config files, in its order."""
+    return [Path(s.path) for s in config.hydra.runtime.config_sources if s.schema == "file"]
+
+
+def choice_files(folders: list[Path], overrides: Iterable[str]) -> dict[str, str]:
+    """The contents of the group files that overrides like `model/attn=gqa,mla` lead to, by their names in `folders`."""
     found: dict[str, str] = {}
-    for text in overrides:
-        with contextlib.suppress(HydraException):  # a sweeper's own grammar; its settings are counted anyhow
-            override = OverridesParser.create().parse_override(text)
-            group = override.key_or_group
-            if override.is_discrete_sweep() and any((f / group).is_dir() for f in folders):
-                for choice in override.sweep_string_iterator():
-                    _follow(folders, group, choice.strip("'\""), found)
+    todo = list(_swept(folders, overrides))
+    for path, base in todo:  # which grows
+        pattern = re.sub(r"\$\{[^}]*}", "*", path) + ".yaml"  # an interpolation may become any of them
+        # Where two folders have a file of this name the first one's counts.
+        for name, file in {str(p.relative_to(f)): p for f in reversed(folders) for p in f.glob(pattern)}.items():
+            found[name] = file.read_text(encoding="utf-8")
+            todo += [d for d in _defaults(found[name], base) if d not in todo]
     return found
 
 
-def _follow(folders: list[Path], group: str, choice: str, found: dict[str, str]) -> None:
-    """Add the file of a choice and those in its defaults list."""
-    for path in (f / group / f"{choice}.yaml" for f in folders):
-        if str(path) in found or not path.is_file():
-            continue
-        found[str(path)] = text = path.read_text(encoding="utf-8")
-        with contextlib.suppress(yaml.YAMLError):
-            content = yaml.safe_load(text)
-            for entry in (content.get("defaults") or []) if isinstance(content, dict) else []:
-                for key, chosen in entry.items() if isinstance(entry, dict) else [("", entry)]:
-                    key = key.split(" ")[-1].split("@")[0]
-                    below = key.removeprefix("/") if key.startswith("/") else f"{group}/{key}".rstrip("/")
-                    for one in chosen if isinstance(chosen, list) else [chosen]:
-                        if isinstance(one, str) and one != "_self_":
-                            _follow(folders, below, one.split("@")[0], found)
+def _swept(folders: list[Path], overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(file without its ending, the group that its own defaults list starts from) of each choice of a group."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
+    from hydra.errors import HydraException
+
+    for text in overrides:
+        with contextlib.suppress(HydraException):  # a sweeper's own grammar; its settings are counted anyhow
+            override = OverridesParser.create().parse_override(text)
+            group, value = override.key_or_group, override.value()
+            if not override.is_discrete_sweep() or not any((f / group).is_dir() for f in folders):
+                continue
+            names = [p.stem for f in folders for p in (f / group).glob("*.yaml")]
+            for one in value.filter(names) if isinstance(value, Glob) else override.sweep_iterator():
+                yield from _members(group, one)
+
+
+def _members(group: str, chosen: Any) -> Iterator[tuple[str, str]]:
+    """What `group: chosen` leads to. As Hydra has it, the defaults of a/b start from the group, as one of a list from group/a."""
+    for one in chosen if isinstance(chosen, list) else [chosen]:
+        path = f"{group}/{getattr(one, 'text', one)}"  # the override parser has quoted text as an object
+        yield path, os.path.dirname(path) if isinstance(chosen, list) else group
+
+
+def _defaults(text: str, base: str) -> Iterator[tuple[str, str]]:
+    """What the defaults list of a config file leads to, as _swept has it."""
+
+    def whole(name: str) -> str:  # of `/name`, `name@package` or `override name`, as in the list
+        name = name.split(" ")[-1].split("@")[0]
+        return (name if name.startswith("/") else f"{base}/{name}").lstrip("/")
+
+    with contextlib.suppress(yaml.YAMLError):
+        content = yaml.safe_load(text)
+        for entry in (content.get("defaults") or []) if isinstance(content, dict) else []:
+            if isinstance(entry, dict):
+                for key, chosen in entry.items():
+                    yield from _members(whole(key), chosen)
+            elif isinstance(entry, str) and entry != "_self_":
+                yield whole(entry), os.path.dirname(whole(entry))
 
 
 def claim(parent: Path, tag: str) -> Path:
@@ -149,8 +181,7 @@ class Place(Callback):
 
     def _place(self, config: DictConfig) -> None:
         folder = self._folder(config)
-        forget = Path(folder).absolute()
-        atexit.register(lambda: forget_multirun(forget))
+        atexit.register(tidy, Path(folder).absolute())
         # As if it were typed: so every launcher hands it to every job, in whatever process.
         config.hydra.overrides.hydra.append(quote(f"hydra.sweep.dir={folder}"))
         config.hydra.sweep.dir = str(folder)
@@ -193,6 +224,16 @@ class Place(Callback):
         folder = claim(parent, tag)
         self.hold.enter_context(runs.locked(folder))
         return folder
+
+
+def tidy(sweep: Path) -> None:
+    """At the end: without Hydra's file, and without the folder where no job was begun, as after a slip in the command."""
+    forget_multirun(sweep)
+    with contextlib.suppress(OSError):
+        if {p.name for p in sweep.iterdir()} <= {RECORD, ".lock"}:
+            for name in (RECORD, ".lock"):
+                (sweep / name).unlink(missing_ok=True)
+            sweep.rmdir()
 
 
 def forget_multirun(sweep: Path) -> None:

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from etude.errors import Interrupted
+from etude.errors import EtudeError, Interrupted
 from etude.sweep import job as jobs
 from etude.sweep.job import Job
 from etude.sweep.table import Table
@@ -23,11 +24,10 @@ TICK = 0.05  # seconds between looks at the jobs
 class Resources:
     """What jobs get of the machine."""
 
-    at_once: int
-    threads: int  # of those whose own setting does not say
-    own_threads: int | None  # what the config of all says
+    at_once: int | None  # None: what the machine has room for
+    threads: int | None  # of those whose own setting does not say; None: their share
     gpus: list[str] | None  # None: leave CUDA_VISIBLE_DEVICES as it is
-    gpus_each: int
+    cores: int
     timeout: float | None  # seconds
     grace: float  # seconds from SIGTERM to SIGKILL
 
@@ -79,10 +79,17 @@ class Stop:
 
 
 class Pool:
-    """The jobs that run. `command(job, overrides)` is a job's script and arguments."""
+    """The jobs that run. `command(job, overrides)` is a job's script and arguments, `own(job)` its config's threads (None: it
+    does not say) and processes."""
 
-    def __init__(self, resources: Resources, command: Callable[[Job, list[str]], list[str]], dry: bool):
-        self.resources, self.command, self.dry = resources, command, dry
+    def __init__(
+        self,
+        resources: Resources,
+        command: Callable[[Job, list[str]], list[str]],
+        own: Callable[[Job], tuple[int | None, int]],
+        dry: bool,
+    ):
+        self.resources, self.command, self.own, self.dry = resources, command, own, dry
         self.running: list[Job] = []
         self.turn = 0
 
@@ -96,16 +103,18 @@ class Pool:
         """Take jobs as there is room for them and call done(job) as they end. Raises Interrupted after a signal, when all
         have ended."""
         left, looked = True, 0.0
+        following: Job | None = None  # waits for more room than there is
         with Stop() as stop, table, self._lifeline():
             while self.running or left:
-                while left and not stop.count and len(self.running) < self.resources.at_once:
-                    job = next(waiting, None)
-                    left = job is not None
-                    if job is not None and job.status == "completed":
-                        done(job)
-                    elif job is not None:
-                        self.running.append(job)
-                        job.begun = time.monotonic()
+                while left and not stop.count and (free := self._free()) > 0:
+                    if following is None and (following := self._next(waiting, done)) is None:
+                        left = False
+                    elif self.running and Fraction(1, following.at_once) > free:
+                        break
+                    else:
+                        self.running.append(following)
+                        following.begun = time.monotonic()
+                        following = None
                 self._look(stop, table, done)
                 if watch is not None and time.monotonic() - looked > 1:
                     looked = time.monotonic()
@@ -117,6 +126,25 @@ class Pool:
                     raise Interrupted("the sweep; type the same command again to go on with it")
                 if self.running:
                     time.sleep(TICK)
+
+    def _free(self) -> Fraction:
+        """How much of the machine no job has; one of which it has room for three has a third."""
+        return 1 - sum((Fraction(1, job.at_once) for job in self.running), Fraction(0))
+
+    def _next(self, waiting: Iterator[Job], done: Callable[[Job], None]) -> Job | None:
+        """The next job that is to be run, with its share of the machine."""
+        for job in waiting:
+            if job.status != "completed":
+                r = self.resources
+                job.own_threads, job.processes = self.own(job)
+                job.at_once, job.threads = share(
+                    r.at_once, job.own_threads or r.threads, r.gpus, job.processes, r.cores
+                )
+                return job
+            if not jobs.locked_by_another(job.folder):
+                jobs.clean(job.folder / "stdout.log")  # a sweep that was killed before the job's end has not
+            done(job)
+        return None
 
     @contextlib.contextmanager
     def _lifeline(self) -> Iterator[None]:
@@ -134,17 +162,24 @@ class Pool:
             os.close(self.jobs_end)
 
     def _look(self, stop: Stop, table: Table, done: Callable[[Job], None]) -> None:
-        """Start those that have their folder to themselves, stop those whose time is over, take away those that ended."""
+        """Start those that have their folder to themselves, stop those whose time is over, take away those that ended, or that
+        the file system does not let begin."""
         grace, timeout = self.resources.grace, self.resources.timeout
         for job in list(self.running):
             if job.process is None:
                 if stop.count:
                     self.running.remove(job)
-                elif not jobs.locked_by_another(job.folder):
+                    continue
+                try:
+                    if jobs.locked_by_another(job.folder):
+                        continue
                     self._start(job)
+                except (OSError, EtudeError) as error:
+                    jobs.lost(job, error)
+                else:
                     table.began(job)
-                continue
-            if jobs.ended(job, self.dry):
+                    continue
+            if job.process is None or jobs.ended(job, self.dry):
                 self.running.remove(job)
                 table.ended(job)
                 done(job)
@@ -157,23 +192,21 @@ class Pool:
 
     def _start(self, job: Job) -> None:
         overrides = jobs.prepare(job)
-        own = next((o.partition("=")[2] for o in reversed(job.overrides) if o.startswith("threads=")), "null")
-        threads = int(own) if own.isdecimal() else self.resources.own_threads or self.resources.threads
-        if not own.isdecimal():
-            overrides = [*overrides, f"threads={threads}"]
+        if job.own_threads is None:
+            overrides = [*overrides, f"threads={job.threads}"]
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-        environment = os.environ | {name: str(threads) for name in names}
+        environment = os.environ | {name: str(job.threads) for name in names}
         if self.resources.gpus is not None:
-            job.gpus = self._free_gpus()
+            job.gpus = self._free_gpus(job.processes)
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         jobs.start(job, self.command(job, overrides), environment, self.jobs_end, self.resources.grace)
 
-    def _free_gpus(self) -> list[str]:
-        """The next in turn of those that the fewest running jobs have."""
+    def _free_gpus(self, n: int) -> list[str]:
+        """The next `n` in turn of those that the fewest running jobs have."""
         gpus = self.resources.gpus or []
         order = gpus[self.turn :] + gpus[: self.turn]
         taken = [g for job in self.running for g in job.gpus]
-        chosen = sorted(order, key=taken.count)[: self.resources.gpus_each]
+        chosen = sorted(order, key=taken.count)[:n]
         if chosen:
             self.turn = (gpus.index(chosen[-1]) + 1) % len(gpus)
         return chosen

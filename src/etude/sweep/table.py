@@ -11,6 +11,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from etude.redact import redact_override
+from etude.signature import did_you_mean
 from etude.sweep.job import Job, common
 
 STYLES = {"running": "cyan", "completed": "green", "failed": "red", "interrupted": "yellow", "pruned": "magenta"}
@@ -34,6 +35,7 @@ class Table:
             mode = "bar" if sys.stdout.isatty() else "lines"
         self.mode, self.shown = mode, 0.0
         self.live: Live | None = None
+        self.warned = False
 
     def __enter__(self) -> "Table":
         if self.mode == "bar":
@@ -74,6 +76,14 @@ class Table:
         metrics = job.metrics
         names = [self.metric] if self.metric else JUDGED_BY
         return next(((n, metrics[n]) for n in names if isinstance(metrics.get(n), (int, float))), None)
+
+    def check_metric(self, job: Job) -> None:
+        """Say once that runs do not have the metric that was asked for."""
+        metrics = job.metrics
+        if self.metric and metrics and self.metric not in metrics and job.status == "completed" and not self.warned:
+            self.warned = True
+            line = f"hydra.launcher.metric={self.metric} is not among the run's metrics"
+            print(f"warning: {line}{did_you_mean(self.metric, list(metrics))}", file=sys.stderr)
 
     def now(self) -> Grid:
         """The running jobs and as many of the others as the screen has room for."""

@@ -39,6 +39,7 @@ class IsolatedLauncher(Launcher):
     """conf/hydra/launcher/isolated.yaml says what each setting does."""
 
     config: Any
+    hydra_context: Any
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class IsolatedLauncher(Launcher):
 
         from etude import config as conf
 
-        self.config = config
+        self.config, self.hydra_context = config, hydra_context
         node: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
         conf.check_targets({"hydra": {"launcher": node}}, ["hydra_plugins"])
         for name in ("at_once", "threads", "timeout_minutes", "grace_seconds"):
@@ -123,12 +124,13 @@ class IsolatedLauncher(Launcher):
                 yield seen[-1]
 
         def ended(job: "Job") -> None:
+            table.check_metric(job)
             results[job.number] = self._result(job)
             if done is not None:
                 done(job.number, results[job.number])
 
         table = Table(self.config.progress, seen, total, list(self.config.hydra.overrides.task), self.metric)
-        pool = Pool(self._resources(), self._command, bool(self.config.dry_run))
+        pool = Pool(self._resources(), self._command, self._own, bool(self.config.dry_run))
         known = found() if total is None else iter(list(found()))
         try:
             pool.run(known, table, watch, ended)
@@ -148,28 +150,42 @@ class IsolatedLauncher(Launcher):
 
     def _resources(self) -> "Resources":
         from etude.parallel import cores
-        from etude.sweep.pool import Resources, share, visible_gpus
+        from etude.sweep.pool import Resources, visible_gpus
 
-        own = self.config.threads
-        if own is not None and self.threads not in (None, own):
-            raise Refusal(f"threads={own} and hydra.launcher.threads={self.threads} disagree; leave one of them out")
-        processes = int(self.config.parallel.get("nproc", 1))
+        self._check_threads(self.config.threads)
         gpus = visible_gpus() if self.gpus is None else [str(g) for g in self.gpus]
-        at_once, threads = share(self.at_once, self.threads or own, gpus, processes, cores())
         return Resources(
-            at_once=at_once,
-            threads=threads,
-            own_threads=own,
+            at_once=self.at_once,
+            threads=self.threads,
             gpus=None if self.gpus is None and not gpus else gpus,
-            gpus_each=processes,
+            cores=cores(),
             timeout=None if self.timeout_minutes is None else 60 * self.timeout_minutes,
             grace=self.grace_seconds,
         )
+
+    def _check_threads(self, own: int | None) -> None:
+        if own is not None and self.threads not in (None, own):
+            raise Refusal(f"threads={own} and hydra.launcher.threads={self.threads} disagree; leave one of them out")
+
+    def _own(self, job: "Job") -> tuple[int | None, int]:
+        """(threads, processes) of a job's config: a swept experiment=, or parallel=, may say other ones than the sweep's."""
+        from hydra.errors import HydraException
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            config = self.hydra_context.config_loader.load_sweep_config(self.config, job.overrides)
+            threads, processes = config.threads, OmegaConf.select(config, "parallel.nproc")
+        except (HydraException, OmegaConfBaseException):  # the job will say so itself
+            return None, 1
+        count = lambda n: isinstance(n, int) and n > 0  # what is none the job refuses  # noqa: E731
+        return threads if count(threads) else None, processes if count(processes) else 1
 
     def _command(self, job: "Job", overrides: list[str]) -> list[str]:
         """The script that this is, with the same flags and Hydra's settings, and the job's overrides."""
         from etude.sweep.place import key_of
 
+        self._check_threads(job.own_threads)
         flags: list[str] = []
         for argument in sys.argv[1:]:  # cli.flags_first has put them before the overrides
             if "=" in argument and not argument.startswith("-") or argument.startswith("~"):
@@ -209,4 +225,5 @@ class IsolatedLauncher(Launcher):
             print(f"logs     {sweep}/{names[0] if len(names) == 1 else '{' + ','.join(names) + '}'}/stdout.log")
         if bad:
             print("again    type the same command: completed jobs are left as they are, the others are tried again")
-        print(f"sweep    {sweep}", flush=True)
+        if any(j.folder.is_dir() for j in table.jobs):  # else it is removed
+            print(f"sweep    {sweep}", flush=True)

@@ -217,17 +217,26 @@ class OptunaSweeper(Sweeper):
         return first
 
     def identity(self, fixed: list[str], found: "Space") -> dict[str, Any]:
-        """What all trials of a search share, with dotted keys."""
-        from omegaconf import OmegaConf
+        """What all trials of a search share, with dotted keys, and what stands for the files of the choices of a group."""
+        import hashlib
 
-        from etude.sweep.place import NOT_COUNTED
-        from etude.tuning.space import describe
+        from omegaconf import OmegaConf
+        from optuna.distributions import CategoricalDistribution
+
+        from etude.sweep import place
+        from etude.tuning.space import describe, text
 
         config = OmegaConf.to_container(self.compose(fixed), resolve=True)
         assert isinstance(config, dict)
-        plain = redact({k: v for k, v in config.items() if k not in NOT_COUNTED})
+        plain = redact({k: v for k, v in config.items() if k not in place.NOT_COUNTED})
         space = {f"space of {k}": describe(d) for k, d in found.items()}
-        return json.loads(json.dumps(flat(plain) | space | dict(zip(self.metrics, self.directions))))
+        choices = {k: map(text, d.choices) for k, d in found.items() if isinstance(d, CategoricalDistribution)}
+        swept = [f"{k}=choice({','.join(c)})" for k, c in choices.items()]
+        files = {
+            name: hashlib.sha256(content.encode()).hexdigest()[:8]
+            for name, content in place.choice_files(place.config_folders(self.config), swept).items()
+        }
+        return json.loads(json.dumps(flat(plain) | space | files | dict(zip(self.metrics, self.directions))))
 
     def compose(self, overrides: list[str]) -> Any:
         from omegaconf import flag_override
