@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import random
 import statistics
 import subprocess
@@ -140,6 +141,8 @@ def sampled(run: Path, step: int) -> list[list[list[int]]]:
     "arguments,wanted",
     [
         (["{run}", "step=99"], "did 20 steps"),
+        (["{run}", "step=21"], "did 20 steps"),
+        (["{run}", "step=²"], "should be a number"),
         (["{run}", "stpe=3"], "did you mean step"),
         (["{run}", "step=x"], "should be a number"),
         (["{run}"], "should be a number"),
@@ -180,13 +183,17 @@ def test_other_strategies(tmp_path: Path, capsys: pytest.CaptureFixture[str], st
     )
     train(*strategy.split(), *settings.split(), f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}")
     run = run_in(tmp_path / "runs")
-    text = said(capsys, str(run), f"step={step}")
+    text = said(capsys, str(run), f"step={step}", "top=3")
     logged = {m["step"]: m for m in metrics(run)}[step]
     assert f"equal to the bit: train/loss {logged['train/loss']}" in text and "NOT" not in text, text
     assert "part at" not in text and text.count("micro-batch") == 3
     assert "<|im▁start|>assistant" in text.partition("rows ")[2].partition("layers ")[0]
     if "dpo" in strategy or "reward_model" in strategy:
         assert ", chosen" in text or ", rejected" in text
+    if "sft" in strategy:  # whose loss is the mean over the step's targets: prompt and padding do not count
+        every = re.findall(r"over (\d+) targets, ([\d.]+)%", said(capsys, str(run), f"step={step}", "top=99"))
+        for n, percent in every:
+            assert float(percent) == pytest.approx(100 * int(n) / sum(int(n) for n, _ in every), abs=0.06)
     if "grpo" in strategy:
         assert "advantage" in text
         reproduced(run, tmp_path / "again")
@@ -209,6 +216,7 @@ def test_two_processes(tmp_path: Path) -> None:
         done.stdout + done.stderr
     )
     assert "rank 0" in done.stdout and "rank 1" in done.stdout
+    assert sum(map(float, re.findall(r"([\d.]+)% of the gradient", done.stdout))) == pytest.approx(100, abs=0.3)
     reproduced(run, tmp_path / "again")
 
 

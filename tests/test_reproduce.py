@@ -151,6 +151,9 @@ def test_where_two_logs_part_is_found() -> None:
     line = verdict(found | {"source": "runs/x", "differs": {"code": ["src/a.py (+1 -1)"]}, "weights": False})
     assert "at step 2: lr 0.1 there, 0.1000001 here (+1e-07)" in line and "losses part at step 3" in line
     assert "src/a.py (+1 -1)" in line
+    seldom = compare({s: then[s] for s in (1, 3)}, {s: now[s] for s in (1, 3)})
+    line = verdict(seldom | {"source": "runs/x", "differs": {}, "weights": False})
+    assert "between steps 1 and 3: lr 0.1 there, 0.5 here" in line and "so do train/loss" in line
     nan = float("nan")
     assert compare({1: {"a": nan}}, {1: {"a": nan}})["equal"] and not compare({1: {"a": 1}}, {2: {"a": 1}})["equal"]
 

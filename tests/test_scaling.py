@@ -158,6 +158,10 @@ def test_what_is_not_known_is_said() -> None:
     assert said.count("no interval: one seed") == 8
     said = "\n".join(transfer.sentences(transfer.transfer(rates(0, offset=4.0))))
     assert said.count("the grid ends there") >= 4
+    # muP's best rate lies above the grid at every width, and without it at the narrower ones alone.
+    assert "muP      from width 64 to 256 nothing is known of how the best rate moves: the grid ends at that of" in said
+    lower = transfer.sentences(transfer.transfer(rates(0, offset=-1.5)))
+    assert "standard from width 64 to 256 the best rate is multiplied by" in lower[3] and " or less: " in lower[3], lower
 
 
 # ---------------------------------------------------------------- the commands, on run folders

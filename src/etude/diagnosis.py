@@ -162,39 +162,41 @@ def look(model: nn.Module, again: Callable[[], Any]) -> Looked:
 @dataclasses.dataclass
 class Row:
     """A sequence that was learnt from. `losses` (nats) and `targets` are those of its tokens `ids`, None where there is no
-    target; `share` is its part in the sum of |d loss / d log-probability| over the step's targets of this rank. A sequence
-    that is judged as a whole has no targets: its share is of |d loss / d final state| over the step's places."""
+    target; `pull` is the sum of |d loss / d log-probability| over them: how much the row counts in the step. A sequence that is
+    judged as a whole has no targets: its pull is the sum of |d loss / d final state| over its places."""
 
     micro_batch: int
     row: int  # of the micro-batch; of a strategy that lays out its sequences itself, the sequence
     begin: int  # where in the row of tokens
     loss: float | None  # the mean over its targets
-    share: float
+    pull: float
     ids: list[int]
     targets: list[int | None]
     losses: list[float | None]
 
-    def brief(self) -> dict[str, Any]:
+    def brief(self, total: float) -> dict[str, Any]:
         n = sum(x is not None for x in self.losses)
         return {
             "micro_batch": self.micro_batch,
             "row": self.row,
             "begin": self.begin,
             "loss": self.loss,
-            "share": self.share,
+            "share": self.pull / total,
             "targets": n,
         }
 
 
 def rows(scored: list[dict[str, Any]], collected: list[Batch]) -> list[Row]:
     """The sequences of a step's forward passes, those with the highest loss first; of a strategy that weighs sequences
-    differently, those with the largest share."""
+    differently, those with the largest pull."""
     found = []
     for i, (forward, batch) in enumerate(zip(scored, collected)):
         tokens, targets = forward["tokens"].cpu(), forward["targets"].cpu()
         nll, judged = -forward["logprob"].detach().cpu(), "slots" in batch and not (targets >= 0).any()
         g = forward["states"].grad if judged else forward["logprob"].grad
-        pull = torch.zeros_like(nll) if g is None else (g.norm(dim=-1) if judged else g.abs()).float().cpu()
+        pull = torch.zeros_like(nll)
+        if g is not None:  # of a sum over all places those without a target are taken away again
+            pull = g.norm(dim=-1).float().cpu() if judged else g.abs().float().cpu() * (targets >= 0)
         for row, b, at in sequences(batch) if "slots" in batch else documents(forward):
             learned = (targets[b, at] >= 0).tolist()
             if any(learned) or judged:
@@ -204,16 +206,14 @@ def rows(scored: list[dict[str, Any]], collected: list[Batch]) -> list[Row]:
                 found.append(
                     Row(i, row, int(at[0]), mean, float(pull[b, at].sum()), tokens[b, at].tolist(), following, losses)
                 )
-    total = sum(r.share for r in found) or 1.0
-    found = [dataclasses.replace(r, share=r.share / total) for r in found]
     return sorted(found, key=worst(any("slots" in batch for batch in collected)))
 
 
-def worst(by_share: bool) -> Callable[[Row], tuple[bool, float]]:
-    """What to sort rows by: those first that are not finite, then by loss or share."""
+def worst(by_pull: bool) -> Callable[[Row], tuple[bool, float]]:
+    """What to sort rows by: those first that are not finite, then by loss or pull."""
 
     def key(row: Row) -> tuple[bool, float]:
-        value = row.share if by_share or row.loss is None else row.loss
+        value = row.pull if by_pull or row.loss is None else row.loss
         return math.isfinite(value), -value
 
     return key
@@ -259,6 +259,7 @@ def dump(
     looked: Looked,
 ) -> Path:
     """logs/<kind>_step_<n>_rank_<r>.json: what this rank saw of a step. n counts from 1, as in metrics.jsonl."""
+    found = rows(looked.scored, collected)
     samples = lambda s: [m.tolist() for m in batches.sampler.micro_batches(window.source(s))]  # noqa: E731
     record = {
         "step": step + 1,
@@ -267,7 +268,7 @@ def dump(
         "values": values,
         "samples": samples(step),
         "before": {s + 1: samples(s) for s in range(max(0, step - BEFORE), step)},
-        "rows": [row.brief() for row in rows(looked.scored, collected)],
+        "rows": [row.brief(sum(r.pull for r in found) or 1.0) for row in found],
         "gradients": looked.gradients,
         "activations": looked.activations(),
         "router_load": None if load is None else load.tolist(),

@@ -39,6 +39,9 @@ USAGE = "python -m etude.replay runs/<run> step=<n> [top=3]"
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     run, step, top = parse(arguments)
     cfg = config_at(run, step)
     remember(cfg)
@@ -73,7 +76,8 @@ def config_at(run: Path, step: int) -> dict:
     if not (run / "meta" / "config.yaml").is_file():
         raise Refusal(f"{run} is not a run: there is no meta/config.yaml in it; {USAGE}")
     last = reached(run)
-    if step > last + 1:
+    ended = runs.recorded(run / "status.json").get("status") == "completed"
+    if step > last + (not ended):  # the step that stopped a run is in no log
         raise Refusal(f"step={step} is beyond the end of {run}, which did {last} steps; type step=<1 to {last}>")
     with initialize_config_dir(str(conf.CONF), version_base="1.3"):
         defaults = conf.check(compose("train"), "train")
@@ -219,8 +223,10 @@ def replay(session: training.Session, run: Path, step: int) -> tuple[dict[int, d
     looked = diagnosis.look(model, again)
     samples = [m.tolist() for m in session.batches.sampler.micro_batches(session.window.source(at))]
     rows = [(world.rank, place(row, samples, collected), row) for row in diagnosis.rows(looked.scored, collected)]
-    found: dict[str, Any] = {"values": values, "rows": [r for several in world.gather(rows) for r in several]}
-    found["by_share"] = any("slots" in batch for batch in collected)
+    everywhere = [r for several in world.gather(rows) for r in several]
+    total = sum(row.pull for *_, row in everywhere) or 1.0
+    found: dict[str, Any] = {"values": values, "rows": everywhere, "total": total}
+    found["by_pull"] = any("slots" in batch for batch in collected)
     parts = world.gather(looked.squares)
     looked.squares = {n: diagnosis.joined([p[n] for p in parts]) for n in looked.squares} if parts else {}
     found |= {"gradients": looked.gradients, "activations": looked.activations(), "load": load}
@@ -277,18 +283,20 @@ def shown_rows(session: training.Session, found: dict[str, Any], top: int) -> li
     """The worst rows as text, with their worst tokens."""
     from etude import diagnosis
 
-    rows, by_share = found["rows"], found["by_share"]
+    rows, by_pull = found["rows"], found["by_pull"]
     decode = session.tokenizer.decode
-    key = diagnosis.worst(by_share)
+    key = diagnosis.worst(by_pull)
     rows = sorted(rows, key=lambda r: key(r[2]))
     lines = [
-        f"rows     {len(rows)} in the step, the first {min(top, len(rows))} by {'their part in the gradient' if by_share else 'loss (nats a target)'}"
+        f"rows     {len(rows)} in the step, the first {min(top, len(rows))} by {'their part in the gradient' if by_pull else 'loss (nats a target)'}"
     ]
     for i, (rank_, where, row) in enumerate(rows[:top], 1):
         n = sum(x is not None for x in row.losses)
         at = f"micro-batch {row.micro_batch}, row {row.row}" + (f", rank {rank_}" if session.world.size > 1 else "")
         loss = "judged as a whole" if row.loss is None else f"loss {row.loss:.4f} over {n} targets"
-        lines.append(f"{i:3}. {loss}, {row.share:.1%} of the gradient; {at}{', ' if where else ''}{where}")
+        lines.append(
+            f"{i:3}. {loss}, {row.pull / found['total']:.1%} of the gradient; {at}{', ' if where else ''}{where}"
+        )
         lines.append("     " + repr(decode(row.ids)))
         worst = sorted((t for t in range(len(row.ids)) if row.losses[t] is not None), key=lambda t: -row.losses[t])[
             :WORST

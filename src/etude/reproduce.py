@@ -220,27 +220,30 @@ def log(folder: Path) -> dict[int, dict[str, Any]]:
 
 def compare(then: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Every value that both logs have of a step, times and speeds left out: whether all are equal, and the first step at which
-    some are not, with what they were. Floats are compared to the bit, as they are written."""
-    names: set[str] = set()
+    some are not, with what they were, and `after` which step they were last seen equal. Floats are compared to the bit, as
+    they are written."""
+    seen: dict[str, list[int]] = {}
     parts: dict[int, dict[str, list[Any]]] = {}
     steps = sorted(then.keys() & now.keys())
     for step in steps:
         common = {n for n in then[step].keys() & now[step].keys() if n != "step" and not n.startswith("perf/")}
-        names |= common
+        for name in common:
+            seen.setdefault(name, []).append(step)
         if other := {n: [then[step][n], now[step][n]] for n in common if repr(then[step][n]) != repr(now[step][n])}:
             parts[step] = other
     first = min(parts, default=None)
+    differing = sorted({n for p in parts.values() for n in p})
+    by_name = {n: min(s for s in parts if n in parts[s]) for n in differing}
     return {
-        "equal": bool(names) and not parts,
+        "equal": bool(seen) and not parts,
         "steps_compared": len(steps),
         "last_step_compared": steps[-1] if steps else None,
         "steps_logged": [max(then, default=0), max(now, default=0)],
-        "names": sorted(names),
+        "names": sorted(seen),
         "first": None if first is None else {"step": first, "values": ordered(parts[first])},
-        "first_by_name": {
-            n: min(s for s in parts if n in parts[s]) for n in sorted({n for p in parts.values() for n in p})
-        },
-        "largest": {n: largest(n, parts) for n in sorted({n for p in parts.values() for n in p})},
+        "first_by_name": by_name,
+        "after": {n: max((s for s in seen[n] if s < by_name[n]), default=0) for n in differing},
+        "largest": {n: largest(n, parts) for n in differing},
     }
 
 
@@ -288,10 +291,15 @@ def verdict(record: dict[str, Any]) -> str:
     name, (a, b) = next(iter(first["values"].items()))
     by = f" ({b - a:+.3g})" if number(a) and number(b) else ""
     others = [n for n in first["values"] if n != name]
-    line = f"parts from {source} at step {first['step']}: {name} {a} there, {b} here{by}"
+
+    def where(name: str) -> str:
+        step, after = record["first_by_name"][name], record["after"][name]
+        return f"at step {step}" if step == after + 1 else f"between steps {after} and {step}"
+
+    line = f"parts from {source} {where(name)}: {name} {a} there, {b} here{by}"
     line += f"; so do {', '.join(others[:4])}{' ...' if len(others) > 4 else ''}" if others else ""
     if "train/loss" in record["first_by_name"] and "train/loss" not in first["values"]:
-        line += f"; the losses part at step {record['first_by_name']['train/loss']}"
+        line += f"; the losses part {where('train/loss')}"
     if "train/loss" in record["largest"]:
         at, most = record["largest"]["train/loss"]
         line += f"; the loss by at most {most:.3g} (step {at})" if at is not None else ""

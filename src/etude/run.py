@@ -184,7 +184,8 @@ class Status:
         self.summary = folder / "summary.txt"
         self._written = 0.0
         # A resume goes on with what was known.
-        before = {k: v for k, v in recorded(self.path).items() if k in ("started", "step", "seconds", "metrics")}
+        kept = ("started", "step", "steps", "seconds", "metrics")
+        before = {k: v for k, v in recorded(self.path).items() if k in kept}
         self.fields: dict[str, Any] = {"started": _now(), **before, "status": "running", "pid": os.getpid()}
 
     def beat(self, step: int, seconds: float, metrics: dict[str, Any], every: float = 5.0) -> None:

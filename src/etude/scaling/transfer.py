@@ -23,7 +23,7 @@ class Optimum:
 
     lr: float
     interval: Interval
-    at_end: bool
+    beyond: int  # -1 or 1: the grid ends at the best rate, which may lie lower or higher; else 0
     draws: Any
 
 
@@ -85,11 +85,11 @@ def optimum(part: "pd.DataFrame", resamples: int = 1000, confidence: float = 0.9
     grid = grid.iloc[max(0, best - 2) : best + 3]
     x, y = np.log2(grid.index.to_numpy(float)), grid.mean(axis=1).to_numpy()
     at = float(_vertices(x, y[:, None])[0])
-    at_end = best in (0, len(means) - 1)
+    beyond = -1 if best == 0 else int(best == len(means) - 1)
     complete = grid.dropna(axis=1).to_numpy()
     rates, seeds = complete.shape
     if seeds < 2:
-        return Optimum(2.0**at, (math.nan, math.nan), at_end, np.full(resamples, math.nan))
+        return Optimum(2.0**at, (math.nan, math.nan), beyond, np.full(resamples, math.nan))
     noise = complete - complete.mean(0) - complete.mean(1)[:, None] + complete.mean()
     freedom = (rates - 1) * (seeds - 1)
     random = np.random.default_rng([seed, int(part["width"].iloc[0])])
@@ -97,7 +97,7 @@ def optimum(part: "pd.DataFrame", resamples: int = 1000, confidence: float = 0.9
     spread = np.sqrt((noise**2).sum() / seeds / random.chisquare(freedom, resamples))
     draws = _vertices(x, y[:, None] + spread * random.standard_normal((rates, resamples)))
     low, high = percentiles(draws, confidence)
-    return Optimum(2.0**at, (2.0**low, 2.0**high), at_end, draws)
+    return Optimum(2.0**at, (2.0**low, 2.0**high), beyond, draws)
 
 
 def _vertices(x: Any, y: Any) -> Any:
@@ -120,14 +120,19 @@ def sentences(result: dict[bool, Transfer], confidence: float = 0.95) -> list[st
         for width, o in found.optima.items():
             low, high = o.interval
             range_ = f"{100 * confidence:g} % {low:.2g} .. {high:.2g}" if low == low else "no interval: one seed"
-            end = "; the grid ends there, so that the best may lie beyond" if o.at_end else ""
+            end = "; the grid ends there, so that the best may lie beyond" if o.beyond else ""
             said.append(f"{NAMES[mup]:8} width {width:5}  best lr {o.lr:.2g}  ({range_}{end})")
         widths = min(found.optima), max(found.optima)
         low, high = found.interval
         range_ = f"{100 * confidence:g} % {low:.2g} .. {high:.2g}" if low == low else "no interval: one seed"
-        said.append(
-            f"{NAMES[mup]:8} from width {widths[0]} to {widths[1]} the best rate is multiplied by {found.shift:.2g} ({range_})"
-        )
+        shift = f"the best rate is multiplied by {found.shift:.2g} ({range_})"
+        if open_ := [w for w in widths if found.optima[w].beyond]:
+            ways = {found.optima[widths[1]].beyond, -found.optima[widths[0]].beyond} - {0}
+            shift = "nothing is known of how the best rate moves"
+            if len(ways) == 1:
+                shift = f"the best rate is multiplied by {found.shift:.2g} or {'less' if ways == {-1} else 'more'}"
+            shift += f": the grid ends at that of width {' and '.join(map(str, open_))}; sweep more rates"
+        said.append(f"{NAMES[mup]:8} from width {widths[0]} to {widths[1]} {shift}")
     return said
 
 

@@ -51,6 +51,7 @@ class Job:
     log_start: int = 0  # where this attempt's output begins in stdout.log
     stopping: str = ""  # why the sweep stops it
     kill_at: float | None = None
+    hurried: bool = False  # a second signal left it no time to save
 
     @property
     def record(self) -> dict[str, Any]:
@@ -176,7 +177,8 @@ def ended(job: Job, dry: bool) -> bool:
             note(job, status="completed", exit_code=0)
         return True
     if job.stopping:
-        job.why = job.stopping + (", did not save in time and was killed" if killed == "SIGKILL" else "")
+        late = " and killed at the second Ctrl-C" if job.hurried else ", did not save in time and was killed"
+        job.why = job.stopping + (late if killed == "SIGKILL" else "")
     elif killed:
         job.why = f"killed by {killed}" + (" (out of memory?)" if killed == "SIGKILL" else "")
     elif code == 0:
@@ -237,14 +239,14 @@ def output(job: Job, most: int = 8192) -> str:
 
 def reason(text: str) -> str:
     """What went wrong in at most 160 characters, by the exception of the last traceback or by the line that cli.guard
-    printed last; empty where the text has neither."""
+    printed last; empty where the text has neither. Left out is the middle: after a long path comes what was wrong with it."""
     before, traceback, after = text.rpartition("Traceback (most recent call last):")
     lines = after.splitlines()
     if traceback:
         said = next((line for line in lines if line and not line.startswith(" ")), "")
     else:
         said = next((m[1] for line in reversed(lines) if (m := re.match("(?:error|stopped): (.+)", line))), "")
-    return said if len(said) <= 160 else said[:157] + "..."
+    return said if len(said) <= 160 else f"{said[:57]}...{said[-100:]}"
 
 
 def common(jobs: Iterable[Job], typed: list[str]) -> set[str]:

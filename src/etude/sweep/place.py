@@ -188,6 +188,8 @@ class Place(Callback):
 
     def _folder(self, config: DictConfig) -> Path:
         typed = any(key_of(o) == "hydra.sweep.dir" for o in config.hydra.overrides.hydra)
+        if typed and any((Path(config.hydra.sweep.dir) / name).is_dir() for name in ("meta", "logs")):
+            raise Refusal(f"hydra.sweep.dir={config.hydra.sweep.dir} is a run; give a sweep's folder, or a new one")
         parent = Path(config.runs_dir) / "sweeps"
         if "fresh" not in config.hydra.launcher:
             return Path(config.hydra.sweep.dir) if typed else claim(parent, str(config.tag))

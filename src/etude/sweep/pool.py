@@ -183,10 +183,11 @@ class Pool:
                 self.running.remove(job)
                 table.ended(job)
                 done(job)
-            elif stop.count > 1:
-                jobs.kill(job)
             elif stop.count:
                 jobs.stop(job, jobs.STOPPED, grace)
+                if stop.count > 1:
+                    job.hurried = True
+                    jobs.kill(job)
             elif timeout is not None and job.seconds > timeout:
                 jobs.stop(job, f"timed out after {timeout / 60:g} minutes", grace)
 

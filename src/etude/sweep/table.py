@@ -107,7 +107,7 @@ class Table:
             grid.add_row(
                 str(job.number),
                 Text(self.name(job)),
-                Text(job.stopping or job.status, STYLES[job.status]),
+                Text("stopping" if job.stopping and job.status == "running" else job.status, STYLES[job.status]),
                 steps,
                 f"{loss:.4f}" if isinstance(loss, float) else "",
                 duration(seconds),

@@ -140,4 +140,6 @@ def ending(study: "Study", metrics: list[str], fixed: list[str], longer: str | N
         lines.append(f"{label:9}trial {job_of(t)}: {values} with {' '.join(overrides(t.params))}")
     kept = [typed(redact_override(o)) for o in fixed if longer is None or key_of(o) != key_of(longer)]
     again = [*kept, *overrides(found[0].params), *([longer] if longer else [])]
+    if any(key_of(o) == "sweep" for o in fixed):  # whose other settings stay, but it is a multirun by itself
+        again.append("hydra.mode=RUN")
     return [*lines, f"longer   python train.py {shlex.join(again)}"]
