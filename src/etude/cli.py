@@ -83,7 +83,7 @@ def _run(script: str, task: Callable[[dict], int | None]) -> int:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=script)(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        print(scrub(_hydra_line(error, script)), file=sys.stderr)
+        print(scrub(f"error: {hydra_line(error, script)}"), file=sys.stderr)
         return Refusal.code
     except EtudeError as error:  # a sweeper's or a launcher's; a job's own are printed where it runs
         return _told(error)
@@ -173,18 +173,18 @@ def folders() -> list[Path]:
     return [CONF]
 
 
-def _hydra_line(error: Exception, script: str) -> str:
+def hydra_line(error: Exception, script: str) -> str:
     """One line for an error of Hydra's, with the nearest right spelling."""
     causes: list[BaseException] = [error]
     while causes[-1].__cause__ or causes[-1].__context__:
         causes.append(causes[-1].__cause__ or causes[-1].__context__)  # type: ignore[arg-type]
     text = "\n".join(str(c) for c in causes)
     if m := re.search(r"Could not override '(?P<key>[\w./@]+)'", text) or re.search(r"full_key: (?P<key>[\w.]+)", text):
-        return "error: " + _unknown_key(m["key"].split("@")[0], script)
+        return _unknown_key(m["key"].split("@")[0], script)
     if m := re.search(r"(?:Could not find|In '[^']*': Could not find) '(?P<group>[\w./-]+)/(?P<choice>[^/']+)'", text):
         options = sorted(p.stem for folder in folders() for p in (folder / m["group"]).glob("*.yaml"))
-        return f"error: {m['group']} has no choice '{m['choice']}'{did_you_mean(m['choice'], options)}"
-    return "error: " + " ".join(str(error).split())
+        return f"{m['group']} has no choice '{m['choice']}'{did_you_mean(m['choice'], options)}"
+    return " ".join(str(error).split())
 
 
 def _unknown_key(key: str, script: str) -> str:

@@ -215,6 +215,7 @@ def worktree(meta: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="etude-code-") as place:
         tree = Path(place).resolve() / "tree"
         try:
+            ask("worktree", "prune", at=root)  # of one that was killed
             ask("worktree", "add", "--detach", "--quiet", tree, commit, at=root)
             if patch := (meta / "diff.patch").read_bytes():
                 ask("apply", "--whitespace=nowarn", "-", at=tree, given=patch)

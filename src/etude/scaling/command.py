@@ -16,7 +16,7 @@ from typing import Any
 
 from etude.analysis.plots import save_figure
 from etude.analysis.settings import final
-from etude.cli import guard
+from etude.cli import guard, hydra_line
 from etude.errors import Refusal
 from etude.scaling import laws, transfer
 from etude.signature import did_you_mean
@@ -121,7 +121,7 @@ def _composed(overrides: list[str]) -> dict:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return check(compose("train", overrides=overrides), "train")
     except HydraException as error:
-        raise Refusal(" ".join(str(error).split())) from None
+        raise Refusal(hydra_line(error, "train")) from None
 
 
 def lr_transfer(places: list[str], options: dict[str, Any]) -> int:
@@ -169,8 +169,14 @@ def fit(places: list[str], options: dict[str, Any]) -> int:
         shown = "a in N_opt ~ C^a" if name == "size_exponent" else name
         print(f"  {shown:16} {getattr(law, name):10.4g}  ({percent} {low:.4g} .. {high:.4g})")
     print(f"  runs lie about {100 * found.error:.2g} % off the law")
+    if law.E < 0.01 * table["loss"].min():
+        print(
+            "note: E, the loss that no model gets below, went to nothing: these runs do not tell it; take larger ones too"
+        )
     if (flops := options.get("flops")) is not None:
         size, tokens = law.optimum(flops)
+        if (times := flops / (6 * table["params"] * table["tokens"]).max()) > 10:
+            print(f"note: that is {times:,.0f} times the largest run: the interval holds if the law still does there")
         low, high = found.loss_interval(size, tokens)
         print(f"with {flops:.3g} FLOPs (6 N D): {size:,.0f} {params}, {tokens:,.0f} tokens, loss {law.loss(size, tokens):.4f} ({percent} {low:.4f} .. {high:.4f})")  # fmt: skip
     if file := options.get("plot"):
