@@ -33,7 +33,8 @@ def varied_text(length: int, seed: int = 0) -> str:
     rng = random.Random(seed)
     words = ["".join(rng.choices("aeioubcdfghlmnprstvwyz", k=rng.randint(1, 8))) for _ in range(300)]
     lines: list[str] = []
-    while sum(map(len, lines)) < length:
+    found = 0
+    while found < length:
         line = " ".join(rng.choices(words, k=rng.randint(3, 12)))
         lines.append(
             rng.choice(["", "    ", "def "])
@@ -41,6 +42,7 @@ def varied_text(length: int, seed: int = 0) -> str:
             + rng.choice([".", "?", ":", f" {rng.randint(0, 99)}"])
             + "\n"
         )
+        found += len(lines[-1])
     return "".join(lines)[:length]
 
 

@@ -2,7 +2,8 @@
 
 Run as a program this is a server: it imports everything once and forks for each line of its standard input. The child has
 its own arguments, environment, folder and output, and is otherwise what `python train.py ...` is: it can be killed,
-signalled and waited for by its id. What depends on how Python itself is started has to start Python."""
+signalled and waited for by its id. The ranks that it starts are forks too, to which everything is handed as to a new
+process. What depends on how Python itself is started has to start Python: with `fresh` those ranks do."""
 
 import atexit
 import gc
@@ -18,6 +19,8 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
+from multiprocessing import popen_spawn_posix, resource_tracker, util
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +57,13 @@ def serve() -> dict[str, Any] | None:
     def reap(*_: Any) -> None:
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, used = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
             path = Path(results.pop(pid))
-            path.with_suffix(".new").write_text(str(os.waitstatus_to_exitcode(status)))
+            path.with_suffix(".new").write_text(f"{os.waitstatus_to_exitcode(status)} {used.ru_utime + used.ru_stime}")
             os.replace(path.with_suffix(".new"), path)
 
     for line in iter(sys.stdin.readline, ""):
@@ -86,20 +89,73 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    if not request["fresh"]:
+        fork_ranks()
     script = Path(request["argv"][0]).resolve()
     sys.argv = [request["argv"][0], *request["argv"][1:]]
     sys.path[:0] = [str(script.parent), *filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))]
     runpy.run_path(str(script), run_name="__main__")
 
 
+def fork(path: str, args: Sequence[str], passfds: Sequence[int]) -> int:
+    """In place of multiprocessing's start of a new Python: a fork that reads what it is to do from the same pipe, with no
+    other file open and no signal handled."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork():
+        return pid
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        kept = sorted({2, *passfds})
+        for a, b in zip(kept, [*kept[1:], 1 << 16]):
+            os.closerange(a + 1, b)
+        sys.argv = ["-c", *args[args.index("--multiprocessing-fork") :]]
+        exec(args[args.index("-c") + 1], {"__name__": "__main__"})
+    except SystemExit as error:
+        end(error.code)
+    except BaseException:
+        traceback.print_exc()
+    end(1)
+    raise AssertionError
+
+
+def fork_ranks() -> None:
+    """From here on the ranks of a run are forks of this process."""
+    from etude import parallel
+
+    start = popen_spawn_posix.Popen._launch  # type: ignore[attr-defined]
+
+    def launch(self: Any, process: Any) -> None:
+        spawn = util.spawnv_passfds  # type: ignore[attr-defined]
+        resource_tracker.ensure_running()  # started by the same function
+        if process._target is parallel._child:
+            util.spawnv_passfds = fork  # type: ignore[attr-defined]
+        try:
+            start(self, process)
+        finally:
+            util.spawnv_passfds = spawn  # type: ignore[attr-defined]
+
+    popen_spawn_posix.Popen._launch = launch  # type: ignore[attr-defined]
+
+
 class Forked:
-    """A started script, to be used as a subprocess.Popen of text."""
+    """A started script, to be used as a subprocess.Popen of text; `cpu` are the seconds it and its children took."""
 
     _server: subprocess.Popen[str] | None = None
     _numbers = itertools.count()
     _folder = Path()
 
-    def __init__(self, argv: list[str], cwd: Path, env: dict[str, str], stdin: str | None = None, joined: bool = False):
+    def __init__(
+        self,
+        argv: list[str],
+        cwd: Path,
+        env: dict[str, str],
+        stdin: str | None = None,
+        joined: bool = False,
+        fresh: bool = False,
+    ):
         server = self._serve()
         number = next(self._numbers)
         self._out, self._err, given, self._result = (
@@ -108,12 +164,13 @@ class Forked:
         given.write_text(stdin or "")
         request = {
             "argv": argv, "cwd": str(cwd), "env": env, "stdin": str(given), "stdout": str(self._out),
-            "stderr": str(self._out if joined else self._err), "result": str(self._result),
+            "stderr": str(self._out if joined else self._err), "result": str(self._result), "fresh": fresh,
         }  # fmt: skip
         assert server.stdin is not None and server.stdout is not None
         print(json.dumps(request), file=server.stdin, flush=True)
         self.args, self.pid = argv, int(server.stdout.readline())
         self.returncode: int | None = None
+        self.cpu = 0.0
 
     @classmethod
     def _serve(cls) -> "subprocess.Popen[str]":
@@ -134,7 +191,8 @@ class Forked:
 
     def poll(self) -> int | None:
         if self.returncode is None and self._result.exists():
-            self.returncode = int(self._result.read_text())
+            code, cpu = self._result.read_text().split()
+            self.returncode, self.cpu = int(code), float(cpu)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -149,6 +207,17 @@ class Forked:
         self.wait(timeout)
         return self._out.read_text(), self._err.read_text() if self._err.exists() else ""
 
+    def readline(self, timeout: float = 120) -> str:
+        """The first line of its output, once that is whole; empty if it ends without one."""
+        end = time.monotonic() + timeout
+        while b"\n" not in (found := self.written()) and self.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        return found.decode().partition("\n")[0]
+
+    def written(self) -> bytes:
+        """Its output so far, to the byte."""
+        return self._out.read_bytes() if self._out.exists() else b""
+
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
@@ -161,10 +230,10 @@ class Forked:
 
 
 def run(
-    argv: list[str], cwd: Path, env: dict[str, str], stdin: str | None = None, timeout: float = 240
+    argv: list[str], cwd: Path, env: dict[str, str], stdin: str | None = None, timeout: float = 240, fresh: bool = False
 ) -> "subprocess.CompletedProcess[str]":
     """A script from start to end."""
-    process = Forked(argv, cwd, env, stdin)
+    process = Forked(argv, cwd, env, stdin, fresh=fresh)
     try:
         out, err = process.communicate(timeout)
     except subprocess.TimeoutExpired:

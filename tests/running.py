@@ -19,10 +19,11 @@ def environment(**extra: str) -> dict[str, str]:
 def text_file(folder: Path, n: int = 20_000) -> Path:
     """Varied text that a small model can learn something of."""
     words = "the cat sat on a mat and saw one red bird fly over two green trees".split()
-    state, out = 1, []
-    while sum(map(len, out)) < n:
+    state, out, length = 1, [], 0
+    while length < n:
         state = (state * 1103515245 + 12345) % 2**31
         out.append(words[(state >> 16) % len(words)] + (".\n" if state % 7 == 0 else " "))
+        length += len(out[-1])
     path = folder / "text.txt"
     path.write_text("".join(out))
     return path
@@ -40,15 +41,18 @@ def tiny(folder: Path, **changes: object) -> list[str]:
     return [f"{k}={v}" for k, v in settings.items()]
 
 
-def train(*overrides: str, check: bool = True, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
-    done = run([str(ROOT / "train.py"), *overrides], cwd, environment(**env))
+def train(
+    *overrides: str, check: bool = True, cwd: Path = ROOT, fresh: bool = False, **env: str
+) -> subprocess.CompletedProcess:
+    """train.py from start to end; with `fresh` its ranks are Pythons of their own, not forks."""
+    done = run([str(ROOT / "train.py"), *overrides], cwd, environment(**env), fresh=fresh)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def start(*overrides: str) -> Forked:
+def start(*overrides: str, fresh: bool = False) -> Forked:
     """train.py, its output and errors in one."""
-    return Forked(["train.py", *overrides], ROOT, environment(), joined=True)
+    return Forked(["train.py", *overrides], ROOT, environment(), joined=True, fresh=fresh)
 
 
 def run_in(folder: Path) -> Path:

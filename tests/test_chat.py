@@ -407,10 +407,11 @@ def test_the_script_chats(talker: Talker) -> None:
     """As a process: a message with quotes and an equals sign; what is refused, in one line with exit code 2."""
     message = 'Say "a=b", it\'s ${x}'
     common = ["generate.py", f"ckpt={talker[0]}", "temperature=0", "max_tokens=12"]
-    chats = [sys.executable, *common, "chat=true", f"prompt={message}", "system=You, there: be [brief]"]
-    done = subprocess.run(chats, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True)
-    assert done.returncode == 0 and done.stderr == b"", done.stderr
-    assert done.stdout.decode() == answer(talker, [system("You, there: be [brief]"), user(message)]) + "\n"
+    chats = [*common, "chat=true", f"prompt={message}", "system=You, there: be [brief]"]
+    done = forked.Forked(chats, ROOT, environment())
+    _, err = done.communicate(120)
+    assert done.returncode == 0 and err == "", err
+    assert done.written().decode() == answer(talker, [system("You, there: be [brief]"), user(message)]) + "\n"
     refused = forked.run([*common, "prompt=Hello", "system=Be brief"], ROOT, environment())
     assert refused.returncode == 2 and refused.stdout == ""
     assert refused.stderr == "error: system= is said to a chat: type chat=true as well\n"

@@ -1,6 +1,7 @@
 """GGUF files: written here with the gguf package, converted, and held against the models and tokenizers they were made of."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import random
@@ -918,7 +919,18 @@ MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
-def smol(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, tok.Tokenizer]:
+def read_once() -> Iterator[None]:
+    """The gguf package takes seconds for the vocabulary of a real file, each of the four times that it is read here, and
+    transformers builds one table of names for each tensor."""
+    reader = functools.cache(gguf.GGUFReader)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda path: reader(str(path)))
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+        yield
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory: pytest.TempPathFactory, read_once: None) -> tuple[Path, Any, tok.Tokenizer]:
     """SmolLM2-135M converted once: its folder, model and tokenizer."""
     assert SMOL is not None and SMOL.origin is not None
     to = tmp_path_factory.mktemp("smol") / "ours"
@@ -928,7 +940,7 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, tok.Token
 
 
 @pytest.fixture(scope="module")
-def reference() -> tuple[Any, Any]:
+def reference(read_once: None) -> tuple[Any, Any]:
     """transformers' own reading of the same file: model and tokenizer."""
     import transformers
 

@@ -4,8 +4,8 @@ import hashlib
 import json
 import math
 import os
-import re
 import random
+import re
 import statistics
 import subprocess
 import sys

@@ -2,7 +2,6 @@
 and its own end."""
 
 import json
-import os
 import random
 import signal
 import socket
@@ -675,20 +674,16 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SETTINGS = ["port=0", "engine.cache_mb=1", "engine.attention=views", "threads=1"]
 
 
-def launch(*overrides: str, **env: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "serve.py", *SETTINGS, *overrides],
+def test_serve_from_its_start_to_sigterm(export: Path) -> None:
+    """One line with the address; a log without texts and keys; SIGTERM under load lets it finish and exits with 0."""
+    process = subprocess.Popen(
+        [sys.executable, "serve.py", *SETTINGS, f"ckpt={export}"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")} | env,
+        env=environment(ETUDE_API_KEYS="the-secret-key"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def test_serve_from_its_start_to_sigterm(export: Path) -> None:
-    """One line with the address; a log without texts and keys; SIGTERM under load lets it finish and exits with 0."""
-    process = launch(f"ckpt={export}", ETUDE_API_KEYS="the-secret-key")
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.startswith(f"{NAME} is ready at http://127.0.0.1:") and "the-secret-key" not in line
@@ -714,9 +709,8 @@ def test_serve_from_its_start_to_sigterm(export: Path) -> None:
 
 
 def test_a_second_signal_ends_at_once(export: Path) -> None:
-    process = launch(f"ckpt={export}", "drain_seconds=60")
-    assert process.stdout is not None
-    line = process.stdout.readline()
+    process = forked.Forked(["serve.py", *SETTINGS, f"ckpt={export}", "drain_seconds=60"], ROOT, environment())
+    line = process.readline()
     r = Running(int(line.split("127.0.0.1:")[1].split()[0]), None, None, None)  # type: ignore[arg-type]
     with r.connect() as s:
         s.sendall(message("POST", CHAT, BASE[CHAT] | {"max_tokens": 900, "ignore_eos": True, "n": 16}))
