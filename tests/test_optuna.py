@@ -4,6 +4,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -95,6 +96,7 @@ class Late:
         jobs: Iterator[tuple[int, list[str]]],
         watch: Callable[[int, Path], bool],
         done: Callable[[int, JobReturn], None],
+        wanted: int | None = None,
     ) -> list[JobReturn]:
         running: dict[int, tuple[list[str], Iterator[tuple[int, float]]]] = {}
         while True:
@@ -411,6 +413,21 @@ def test_a_metric_that_runs_do_not_log_cannot_prune(tmp_path: Path) -> None:
     ):
         search(tmp_path, launcher, "hydra/sweeper/pruner=median", LR, n_trials=3, prune_metric="val/lss")
     assert len(launcher.looks) == 1 and len(results(tmp_path)["best"]) == 1
+
+
+def test_the_best_of_a_preset_is_trained_longer_as_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`sweep=` alone makes a multirun: the command that is printed says otherwise, and what else the preset sets stays."""
+    launcher = Late(tmp_path / "jobs", lambda run: [bowl(run)])
+    search(tmp_path, launcher, "sweep=optuna_lr", "tag=x", n_trials=1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("longer")]
+    command = shlex.split(line)
+    assert command[1:3] == ["python", "train.py"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None and hydra.get_mode("train", command[3:]) == RunMode.RUN
+        config = hydra.compose_config("train", command[3:], RunMode.RUN)
+    assert config.max_steps == 3200 and config.tag == "x" and config.eval_every == 100
+    assert config.optimizer.lr == results(tmp_path)["trials"][0]["params"]["optimizer.lr"]
 
 
 def test_a_front_begins_with_the_best_of_the_first_objective() -> None:

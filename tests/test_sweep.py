@@ -3,10 +3,12 @@
 Most jobs here are a script that keeps a run's folder as train.py does, without torch: what is tested is the sweep."""
 
 import contextlib
+import errno
 import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import yaml
@@ -30,15 +33,19 @@ from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, flag_override
 from optuna.distributions import CategoricalDistribution
+from rich.table import Table as Grid
 from running import ROOT, environment, identity, run_in, tiny, train
 
+from etude import cli
 from etude.config import CONF, check
-from etude.errors import JobFailed, Refusal
+from etude.errors import JobFailed, Refusal, StorageFault
+from etude.run import Status, locked
+from etude.run import claim as claim_run
 from etude.sweep import job as jobs
 from etude.sweep.job import Job
-from etude.sweep.place import choice_files, overrides_hash, read
+from etude.sweep.place import Place, choice_files, overrides_hash, read
 from etude.sweep.place import identity as identity_of
-from etude.sweep.pool import Pool, Resources, share, visible_gpus
+from etude.sweep.pool import Pool, Resources, Stop, share, visible_gpus
 from etude.sweep.table import Table
 from hydra_plugins.etude_optuna.sweeper import OptunaSweeper
 
@@ -394,6 +401,109 @@ def test_each_job_is_asked_for_its_threads_and_processes(
             assert result.return_value
 
 
+def test_a_second_signal_is_told(tmp_path: Path) -> None:
+    """A job that it leaves no time was neither deaf nor out of memory."""
+    deaf = ["sh", "-c", "trap '' TERM; echo; exec sleep 100"]
+    process = subprocess.Popen(deaf, start_new_session=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    process.stdout.close()
+    job = Job(0, [], tmp_path, status="running", process=process)
+    runner = Pool(Resources(1, 1, None, 1, None, 9.0), lambda j, o: [], lambda j: (None, 1), False)
+    runner.running = [job]
+    stop, table = Stop(), Table("none", [job], 1, [], None)
+    stop.count = 2
+    runner._look(stop, table, lambda job: None)
+    assert cells(table.now(), "status") == ["stopping"]
+    process.wait()
+    runner._look(stop, table, lambda job: None)
+    assert (job.status, job.code) == ("interrupted", 137)
+    assert job.why == job.record["error"] == "the sweep was stopped and killed at the second Ctrl-C"
+
+
+def cells(grid: Grid, name: str) -> list[str]:
+    return [str(cell) for c in grid.columns if c.header == name for cell in c.cells]
+
+
+def test_tables_on_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Overrides are broken between one and the next, drawn numbers have few digits, reasons have lines of their own."""
+    drawn = ["optimizer.lr=0.0011288378916846883", "optimizer.eps=1.1288378916846883e-08", "optimizer.eps=1.23e-08"]
+    found = [Job(n, [lr, "scheduler.warmup=120"[: 20 - n]], tmp_path, status="failed") for n, lr in enumerate(drawn)]
+    found[1].why = "a long reason " * 9
+    table = Table("none", found, None, [], None, wanted=7)
+    assert table.counts() == "0 of 7 finished"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    table.print_last()
+    said = capsys.readouterr().out
+    pieces = ("optimizer.lr=0.001129 ", "scheduler.warmup=120 ", "optimizer.eps=1.129e-08 ", "optimizer.eps=1.23e-08 ")
+    assert all(piece in said for piece in pieces) and f"job 1: {found[1].why}" in said, said
+    assert max(map(len, re.sub(r"\x1b\[\w+", "", said.split("job 1: ")[0]).splitlines())) <= 70
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Files can be made, and nothing written to them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_from_the_start(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The error names what could not be written, and no empty folder stays behind."""
+    config = composed(f"runs_dir={tmp_path}", "tag=none")
+    run = claim_run(str(tmp_path), "full")
+    for write in (lambda: Place()._folder(config), lambda: contextlib.ExitStack().enter_context(locked(run))):
+        with full_disk(), pytest.raises(StorageFault, match=rf"could not write {tmp_path}/.*/\.lock: File too large"):
+            write()
+    assert [p.name for p in tmp_path.rglob("*")] == ["sweeps"]
+    assert cli._disk(OSError(errno.ENOSPC, "No space left on device"), "the disk under runs") == 4
+    assert capsys.readouterr().err == "error: the disk under runs: No space left on device\n"
+
+
+def test_a_run_is_no_sweeps_folder(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(Refusal, match="is a run; give a sweep's folder"):
+        Place()._folder(composed(f"hydra.sweep.dir={tmp_path}"))
+    assert [p.name for p in tmp_path.iterdir()] == ["logs"]
+
+
+def test_a_job_that_goes_on_knows_its_steps(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"step": 12, "steps": 80, "status": "interrupted", "exit_code": 3}')
+    jobs.note(Job(0, [], tmp_path), status="running")
+    Status(tmp_path).write()
+    record = Job(0, [], tmp_path).record
+    assert (record["step"], record["steps"], record["status"]) == (12, 80, "running") and "exit_code" not in record
+
+
+def test_paths_are_swept_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free text is one value whatever it holds, but for a list of quoted ones; paths that look like several are refused."""
+    for name in ("a", "b", "c,d"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for value in ("'a','b'", '"a", "b"', "choice(a,b)"):
+        assert cli.lists(f"init_from={value}")
+        (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides([f"init_from={value}"]), None)
+        parsed = OverridesParser.create().parse_overrides([cli.quote(job) for (job,) in batch])
+        assert [str(getattr(v := o.value(), "text", v)) for o in parsed] == ["a", "b"]
+    for one in (
+        "init_from='a,b'",
+        "init_from=c,d",
+        "data.separator=, ",
+        "prompt=a, b",
+        f"prompt={'x,' * 999}x",
+        "seed=1,2",
+        "-m",
+    ):
+        assert not cli.lists(one)
+    with pytest.raises(Refusal, match="init_from=a,e does not exist; .* type init_from=\"'a','e'\"$"):
+        cli.lists("init_from=a,e")
+
+
 def test_an_error_in_the_sweep_stops_its_jobs(tmp_path: Path) -> None:
     """What is wrong in a sweeper must not leave jobs behind."""
     (tmp_path / "bare.py").write_text(BARE)
@@ -585,7 +695,7 @@ class Late(Sweeper):
             except Exception as error:
                 values.append(str(error))
 
-        results = self.launcher.run(jobs(), lambda n, folder: n == 1 and (folder / "asleep").exists(), done)
+        results = self.launcher.run(jobs(), lambda n, folder: n == 1 and (folder / "asleep").exists(), done, 4)
         assert [r.overrides for r in results] == [[f"seed={n}"] for n in range(4)]
         print(json.dumps({"order": order, "values": values}))
 """
@@ -606,6 +716,8 @@ def test_run_takes_jobs_late_and_stops_those_that_are_not_worth_it(tmp_path: Pat
     assert told["values"] == [1.0, "job 1 pruned: pruned", 3.0, "job 3 failed: the gradient of step 1 is nan"]
     (sweep,) = sweeps(tmp_path)
     assert status(sweep, 1)["status"] == "pruned"
+    assert "(3 of 4 finished)" in done.stdout and "stdout.log" in done.stdout
+    assert "same command" not in done.stdout, "a sweeper may go on by itself"
 
 
 def test_a_hash_is_of_what_counts() -> None:
@@ -740,7 +852,9 @@ def test_reasons() -> None:
     )
     assert jobs.reason("step 1\nwarning: a\nerror: dim=3\nstep 2") == "dim=3"
     assert jobs.reason("step 1") == ""
-    assert len(jobs.reason("error: " + "x" * 999)) == 160
+    full = f"could not write /{'a/' * 99}optimizer.safetensors: I/O error: No space left on device (os error 28)"
+    said = jobs.reason(f"error: {full}")
+    assert len(said) == 160 and said.startswith("could not write /a/a") and said.endswith(full[-80:])
 
 
 def test_a_run_killed_after_its_last_checkpoint_is_completed(tmp_path: Path) -> None:

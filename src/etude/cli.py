@@ -70,7 +70,11 @@ def _run(script: str, task: Callable[[dict], int | None]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the one line below is ours
-    sys.argv[1:] = flags_first([quote(a) for a in sys.argv[1:]])
+    several = any(a in ("-m", "--multirun") for a in sys.argv)
+    try:
+        sys.argv[1:] = flags_first([a if several and lists(a) else quote(a) for a in sys.argv[1:]])
+    except Refusal as error:
+        return _told(error)
     codes: list[int] = []
 
     def job(cfg: Any) -> dict[str, Any]:
@@ -87,6 +91,9 @@ def _run(script: str, task: Callable[[dict], int | None]) -> int:
         return Refusal.code
     except EtudeError as error:  # a sweeper's or a launcher's; a job's own are printed where it runs
         return _told(error)
+    except OSError as error:  # of what Hydra itself writes
+        place = next((a.partition("=")[2].strip("'") for a in sys.argv if a.startswith("runs_dir=")), "runs")
+        return _disk(error, f"the disk under {place}")
     except KeyboardInterrupt:
         return Interrupted.code
     except SystemExit as stop:
@@ -116,6 +123,16 @@ def _told(error: EtudeError) -> int:
     return error.code
 
 
+def _disk(error: OSError, place: str) -> int:
+    """Print a disk's error as one line, that of `place` where it names no file (write() does not), any other with its
+    traceback; -> the exit code."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES):
+        print(scrub("".join(traceback.format_exception(error))), file=sys.stderr)
+        return 1
+    print(scrub(f"error: {error.filename or place}: {error.strerror}"), file=sys.stderr)
+    return StorageFault.code
+
+
 def guard(action: Callable[[], int | None], quiet: bool = False) -> int:
     """Run `action`; -> its exit code, or that of the error it raised, which is printed: one line for what the user can
     act on, the traceback for a bug. `quiet` leaves out the lines, not the tracebacks."""
@@ -132,11 +149,7 @@ def guard(action: Callable[[], int | None], quiet: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES):
-            print(scrub(traceback.format_exc()), file=sys.stderr)
-            return 1
-        print(scrub(f"error: {error.filename or 'a file'}: {error.strerror}"), file=sys.stderr)
-        return StorageFault.code
+        return _disk(error, "a file")
     except Exception:
         print(scrub(traceback.format_exc()), file=sys.stderr)
         return 1
@@ -145,6 +158,22 @@ def guard(action: Callable[[], int | None], quiet: bool = False) -> int:
 def flags_first(arguments: list[str]) -> list[str]:
     """Flags (and the values that follow them) before overrides: the parser takes overrides only in one piece."""
     return sorted(arguments, key=lambda a: "=" in a and not a.startswith("-") or a.startswith("~"))
+
+
+QUOTED = r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\")"""
+
+
+def lists(argument: str) -> bool:
+    """Whether a sweep's `key=value` is a choice that is not to be quoted as one text: 'a','b' or choice(a,b). Raises Refusal
+    for paths with bare commas between them."""
+    key, _, value = argument.partition("=")
+    if re.fullmatch(rf"{QUOTED}(\s*,\s*{QUOTED})+|choice\(.*\)", value, re.DOTALL):
+        return True
+    parts = re.fullmatch(r"\S+,\S+", value) and quote(argument) != argument and value.split(",")
+    if parts and any(map(os.path.exists, parts)) and not os.path.exists(value):
+        quoted = ",".join(f"'{part}'" for part in parts)
+        raise Refusal(f'{key}={value} does not exist; to sweep over several, type {key}="{quoted}"')
+    return False
 
 
 def quote(argument: str) -> str:
@@ -157,7 +186,7 @@ def quote(argument: str) -> str:
     named = key.lstrip("+") in TEXT_KEYS or re.fullmatch(r"data\.sources\.[\w.]+\.path", key)
     if not eq or not named or value in ("null", "???"):
         return argument
-    if re.fullmatch(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""", value, re.DOTALL):
+    if re.fullmatch(QUOTED, value, re.DOTALL):
         return argument  # quoted already
     value = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
     value = re.sub(r"(\\+)\Z", r"\1\1", value)

@@ -77,19 +77,36 @@ def _subfolders(folder: Path) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run alone. The lock is the kernel's: it goes with the process, so a stale one cannot stay behind."""
-    with (folder / ".lock").open("a+") as lock:
+    # Unbuffered: what a full disk did not take is not written again as the file closes.
+    with (folder / ".lock").open("ab+", buffering=0) as lock:
         try:
             # A POSIX lock: unlike flock, it does not live on in loader workers that outlive a killed trainer.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
             raise Refusal(
-                f"{folder} is being written by process {lock.read().strip() or '?'}; wait for it or stop it"
+                f"{folder} is being written by process {lock.read().decode().strip() or '?'}; wait for it or stop it"
             ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+        try:
+            try:
+                lock.truncate(0)
+                lock.write(str(os.getpid()).encode())
+            except OSError as error:
+                raise StorageFault(f"could not write {folder}/.lock: {error.strerror}") from None
+            yield
+        except StorageFault:
+            _forget(folder)
+            raise
+
+
+def _forget(folder: Path) -> None:
+    """Remove a folder in which there is nothing but a lock: the disk was full from the start."""
+    inside = list(folder.rglob("*"))
+    if all(path.is_dir() or path.name == ".lock" for path in inside):
+        (folder / ".lock").unlink()
+        for path in sorted((p for p in inside if p.is_dir()), reverse=True):
+            path.rmdir()
+        folder.rmdir()
 
 
 def write_metadata(
@@ -106,18 +123,16 @@ def write_metadata(
     meta = folder / "meta"
     clean = redact(config)
     overrides = [redact_override(o) for o in overrides]
-    (meta / "config.yaml").write_text(yaml.safe_dump(clean, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    (meta / "full_config.json").write_text(json.dumps(clean, indent=1))
-    (meta / "overrides").write_text("".join(o + "\n" for o in overrides), encoding="utf-8")
-    (meta / "choices.json").write_text(json.dumps(choices, indent=1))
-    (meta / "command").write_text(
-        shlex.join(["python", sys.argv[0], *map(redact_override, sys.argv[1:])]) + "\n", encoding="utf-8"
-    )
-    (meta / "data.json").write_text(json.dumps(redact(data), indent=1))
-    (meta / "model.json").write_text(json.dumps(model, indent=1))
+    replace(meta / "config.yaml", yaml.safe_dump(clean, sort_keys=False, allow_unicode=True))
+    replace(meta / "full_config.json", json.dumps(clean, indent=1))
+    replace(meta / "overrides", "".join(o + "\n" for o in overrides))
+    replace(meta / "choices.json", json.dumps(choices, indent=1))
+    replace(meta / "command", shlex.join(["python", sys.argv[0], *map(redact_override, sys.argv[1:])]) + "\n")
+    replace(meta / "data.json", json.dumps(redact(data), indent=1))
+    replace(meta / "model.json", json.dumps(model, indent=1))
     said, patch = git.record()
-    (meta / "git.txt").write_text(said, encoding="utf-8")
-    (meta / "diff.patch").write_bytes(patch)
+    replace(meta / "git.txt", said)
+    replace(meta / "diff.patch", patch)
     lines = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -128,8 +143,8 @@ def write_metadata(
         "folder": os.getcwd(),
     }
     lines |= {k: os.environ[k] for k in ENVIRONMENT if k in os.environ}
-    (meta / "env.txt").write_text(scrub("".join(f"{k}={v}\n" for k, v in lines.items())), encoding="utf-8")
-    (meta / "packages.txt").write_text("\n".join(packages()) + "\n")
+    replace(meta / "env.txt", scrub("".join(f"{k}={v}\n" for k, v in lines.items())))
+    replace(meta / "packages.txt", "\n".join(packages()) + "\n")
 
 
 @functools.cache
@@ -143,8 +158,9 @@ def note_resume(folder: Path, config: dict, overrides: list[str], step: int) -> 
     """Record a resume: its overrides and step in meta/resumes, and the config as it is now. One that was another is kept
     as meta/earlier/until_<step>.yaml."""
     meta = folder / "meta"
-    with (meta / "resumes").open("a", encoding="utf-8") as out:
-        out.write(f"{_now()} step {step}: {' '.join(map(redact_override, overrides))}\n")
+    noted = meta / "resumes"
+    so_far = noted.read_text(encoding="utf-8") if noted.exists() else ""
+    replace(noted, so_far + f"{_now()} step {step}: {' '.join(map(redact_override, overrides))}\n")
     config = redact(config | {"resume": None})
     before = meta / "config.yaml"
     # After a damaged checkpoint the run did not come to these.
@@ -222,15 +238,16 @@ def recorded(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, content: str | bytes) -> None:
     """Write a small file so that a reader sees the old or the new text, never a part."""
     making = path.with_name(f".{path.name}.{os.getpid()}")
+    whole = content.encode() if isinstance(content, str) else content
     try:
-        making.write_text(text, encoding="utf-8")
+        making.write_bytes(whole)
         os.replace(making, path)
     except OSError as error:
         making.unlink(missing_ok=True)
-        raise StorageFault(f"could not write {path}: {error.strerror} ({len(text)} bytes)") from None
+        raise StorageFault(f"could not write {path}: {error.strerror} ({len(whole)} bytes)") from None
 
 
 def _now() -> str:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from etude import run as runs
 from etude.cli import TEXT_KEYS, guard, quote
-from etude.errors import Refusal
+from etude.errors import Refusal, StorageFault
 from etude.redact import redact_override
 
 # Root keys that change no run, and settings of sweepers that only say how far or how fast a sweep goes.
@@ -210,7 +210,11 @@ class Place(Callback):
                 "command": as_typed(sys.argv),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             }
-            runs.replace(folder / RECORD, json.dumps(record, indent=1))
+            try:
+                runs.replace(folder / RECORD, json.dumps(record, indent=1))
+            except StorageFault:
+                tidy(folder)
+                raise
         return folder
 
     def _found(self, parent: Path, wanted: str, fresh: bool) -> Path | None:

@@ -1,11 +1,13 @@
 """What is shown of a sweep: a table that lives on a terminal, lines elsewhere, and at the end a table of every job."""
 
+import re
 import shutil
 import sys
 import time
 from typing import Any
 
 from rich.console import Console
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.table import Table as Grid
 from rich.text import Text
@@ -25,12 +27,40 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
+def rounded(override: str) -> str:
+    """Without the digits that no one types: a number that was drawn has 17 of them."""
+    key, _, value = override.partition("=")
+    drawn = re.fullmatch(r"-?\d+\.\d{8,}(e[+-]?\d+)?", value)
+    return f"{key}={float(value):.4g}" if drawn else override
+
+
+def fitted(grid: Grid, width: int) -> Grid:
+    """The overrides get what the other columns leave of `width`, but as much as the longest one takes, up to 30 columns: they
+    are broken between one and the next."""
+    need = [max([len(c.header), *(len(str(cell)) for cell in c.cells)]) for c in grid.columns]  # type: ignore[arg-type]
+    if grid.columns[-1].header == "why":
+        need[-1] = min(need[-1], 40)
+    words = " ".join(map(str, grid.columns[1].cells)).split() or [""]
+    left = width - sum(need) + need[1] - 2 * (len(need) - 1)
+    grid.columns[1].width = min(need[1], max(left, min(30, width // 3, max(map(len, words)))))
+    return grid
+
+
 class Table:
     """`mode` is train.py's progress: auto (live on a terminal, else lines), bar (live), lines, none (only the last table).
-    `total` is None where jobs are thought up as the sweep goes; `typed` are overrides that need not be shown."""
+    `total` is None where jobs are thought up as the sweep goes, until `wanted` have not failed; `typed` are overrides that
+    need not be shown."""
 
-    def __init__(self, mode: str, jobs: list[Job], total: int | None, typed: list[str], metric: str | None):
-        self.jobs, self.total, self.typed, self.metric = jobs, total, typed, metric
+    def __init__(
+        self,
+        mode: str,
+        jobs: list[Job],
+        total: int | None,
+        typed: list[str],
+        metric: str | None,
+        wanted: int | None = None,
+    ):
+        self.jobs, self.total, self.typed, self.metric, self.wanted = jobs, total, typed, metric, wanted
         if mode == "auto":
             mode = "bar" if sys.stdout.isatty() else "lines"
         self.mode, self.shown = mode, 0.0
@@ -50,7 +80,7 @@ class Table:
     def name(self, job: Job) -> str:
         """The overrides that tell a job from the others."""
         shared = common(self.jobs, self.typed)
-        return " ".join(redact_override(o) for o in job.overrides if o not in shared)
+        return " ".join(rounded(redact_override(o)) for o in job.overrides if o not in shared)
 
     def began(self, job: Job) -> None:
         if self.mode == "lines":
@@ -63,14 +93,23 @@ class Table:
             said = f", {job.why}" if job.why else ""
             judged = self.judged(job)
             value = f", {judged[0]} {judged[1]:.4g}" if judged and job.status == "completed" else ""
-            counts = f" ({sum(j.code is not None for j in self.jobs)} of {self.total or '?'} have ended)"
-            print(f"job {job.number} {job.status} in {duration(job.seconds)}{value}{said}{counts}", flush=True)
+            print(
+                f"job {job.number} {job.status} in {duration(job.seconds)}{value}{said} ({self.counts()})", flush=True
+            )
+
+    def counts(self) -> str:
+        if self.total is not None:
+            return f"{sum(j.code is not None for j in self.jobs)} of {self.total} have ended"
+        finished = sum(j.status in ("completed", "pruned") for j in self.jobs)
+        return f"{finished}{'' if self.wanted is None else f' of {self.wanted}'} finished"
 
     def show(self) -> None:
         """Draw the live table anew, twice a second."""
         if self.live is not None and time.monotonic() - self.shown > 0.5:
             self.shown = time.monotonic()
-            self.live.update(self.now(), refresh=True)
+            # Narrower than the terminal: where an echoed ^C wraps, a line of the table would stay behind.
+            width = self.live.console.width - 5
+            self.live.update(Constrain(fitted(self.now(), width), width), refresh=True)
 
     def judged(self, job: Job) -> tuple[str, float] | None:
         metrics = job.metrics
@@ -114,7 +153,7 @@ class Table:
             )
         return grid
 
-    def last(self) -> Grid:
+    def last(self, why: bool) -> Grid:
         """Every job that was looked at: its end, exit code, metric, and why it did not complete."""
         judged = {id(j): self.judged(j) for j in self.jobs}
         names = {found[0] for found in judged.values() if found}
@@ -125,7 +164,7 @@ class Table:
         grid.add_column("status")
         for column in ("exit", "step", "time", metric):
             grid.add_column(column, justify="right")
-        if any(j.why for j in self.jobs):
+        if why:
             grid.add_column("why", overflow="fold")
         for job in sorted(self.jobs, key=lambda j: j.number):
             found = judged[id(job)]
@@ -138,11 +177,15 @@ class Table:
                 str(job.record.get("step", "")),
                 "" if job.earlier or job.status == "waiting" else duration(job.seconds),
                 f"{prefix}{found[1]:.4f}" if found else "",
-                Text(job.why),
+                *([Text(job.why)] if why else []),
             )
         return grid
 
     def print_last(self) -> None:
-        """On a terminal as wide as it is, elsewhere as wide as it takes."""
-        width = None if sys.stdout.isatty() else 400
-        Console(width=width, highlight=False).print(self.last())
+        """On a terminal as wide as it is, elsewhere as wide as it takes. Reasons have no column on a narrow one, but lines."""
+        console = Console(width=None if sys.stdout.isatty() else 400, highlight=False)
+        told = [j for j in sorted(self.jobs, key=lambda j: j.number) if j.why]
+        beside = bool(told) and console.width >= 100
+        console.print(fitted(self.last(beside), console.width))
+        for job in told if not beside else ():
+            print(f"job {job.number}: {job.why}")

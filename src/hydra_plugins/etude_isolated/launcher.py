@@ -89,11 +89,13 @@ class IsolatedLauncher(Launcher):
         jobs: Iterator[tuple[int, list[str]]],
         watch: Callable[[int, Path], bool] | None = None,
         done: Callable[[int, JobReturn], None] | None = None,
+        wanted: int | None = None,
     ) -> list[JobReturn]:
         """Run jobs of (number, overrides), each taken when there is room for it. watch(number, folder) is called about once
         a second for each that runs; True stops it, as "pruned". done(number, result) is called as each ends; a result's
-        value is the run's metrics by name. -> the results in the order of numbers. Raises Interrupted after a signal."""
-        return self._run(jobs, None, watch, done)
+        value is the run's metrics by name. `wanted`, of which the lines tell, is how many are to end without failing.
+        -> the results in the order of numbers. Raises Interrupted after a signal."""
+        return self._run(jobs, None, watch, done, wanted)
 
     def _run(
         self,
@@ -101,6 +103,7 @@ class IsolatedLauncher(Launcher):
         total: int | None,
         watch: Callable[[int, Path], bool] | None,
         done: Callable[[int, JobReturn], None] | None,
+        wanted: int | None = None,
     ) -> list[JobReturn]:
         from omegaconf import OmegaConf
 
@@ -129,7 +132,7 @@ class IsolatedLauncher(Launcher):
             if done is not None:
                 done(job.number, results[job.number])
 
-        table = Table(self.config.progress, seen, total, list(self.config.hydra.overrides.task), self.metric)
+        table = Table(self.config.progress, seen, total, list(self.config.hydra.overrides.task), self.metric, wanted)
         pool = Pool(self._resources(), self._command, self._own, bool(self.config.dry_run))
         known = found() if total is None else iter(list(found()))
         try:
@@ -213,8 +216,9 @@ class IsolatedLauncher(Launcher):
         return result
 
     def _conclude(self, sweep: Path, table: Any, total: int | None) -> None:
-        """The last table, and what to type next."""
-        if total is not None:  # a sweeper that thinks jobs up as it goes has a table of its own
+        """The last table, and what to type next; only where to look where `total` is None: a sweeper that thinks jobs up as it
+        goes has a table of its own, and may go on."""
+        if total is not None:
             table.print_last()
         bad = [j for j in table.jobs if j.status not in ("completed", "pruned")]
         if not bad and table.jobs and all(j.earlier for j in table.jobs) and total is not None:
@@ -223,6 +227,8 @@ class IsolatedLauncher(Launcher):
             )
         if names := [j.folder.name for j in bad if j.code is not None]:
             print(f"logs     {sweep}/{names[0] if len(names) == 1 else '{' + ','.join(names) + '}'}/stdout.log")
+        if total is None:
+            return
         if bad:
             print("again    type the same command: completed jobs are left as they are, the others are tried again")
         if any(j.folder.is_dir() for j in table.jobs):  # else it is removed

@@ -34,6 +34,7 @@ class AsksLate(Protocol):
         jobs: Iterator[tuple[int, list[str]]],
         watch: Callable[[int, Path], bool] | None = None,
         done: "Callable[[int, JobReturn], None] | None" = None,
+        wanted: int | None = None,
     ) -> "list[JobReturn]": ...
 
 
@@ -127,6 +128,8 @@ class OptunaSweeper(Sweeper):
             finally:
                 keep()
                 lines = report.ending(study, self.metrics, fixed, longer(first)) + [f"results  {folder}/results.json"]
+                if any((sweep := Path(str(self.config.hydra.sweep.dir))).glob("*_*/")):  # else it is removed
+                    lines.append(f"sweep    {sweep}")
                 report.show(report.table(study, self.metrics, list(found)), lines)
             if this.refusal is not None:
                 raise this.refusal
@@ -150,7 +153,7 @@ class OptunaSweeper(Sweeper):
         sweep = Path(str(self.config.hydra.sweep.dir))
         while not this.over():
             if isinstance(self.launcher, AsksLate):
-                self.launcher.run(jobs(), this.watch, done)
+                self.launcher.run(jobs(), this.watch, done, this.total - this.finished())
             else:
                 batch = [job for _, job in zip(range(self.n_jobs or 1), jobs())]
                 if not batch:
