@@ -108,9 +108,7 @@ class Search:
     sampler: Callable[[int, Space, list[dict[str, Any]]], "BaseSampler | None"]
     max_failures: int
     running: dict[int, "Trial"] = dataclasses.field(default_factory=dict)  # by their jobs' numbers
-    seen: dict[int, tuple[int, int]] = dataclasses.field(
-        default_factory=dict
-    )  # of a running trial's metrics: see new_lines
+    seen: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)  # of its metrics: see new_lines
     behind: set[int] = dataclasses.field(default_factory=set)  # told to stop by the pruner
     failed: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # parameters that failed in this start
     in_a_row: int = 0
