@@ -39,11 +39,11 @@ from running import ROOT, environment, identity, run_in, tiny, train
 from etude import cli
 from etude.config import CONF, check
 from etude.errors import JobFailed, Refusal, StorageFault
-from etude.run import Status, locked
+from etude.run import Status, locked, recorded
 from etude.run import claim as claim_run
 from etude.sweep import job as jobs
 from etude.sweep.job import Job
-from etude.sweep.place import Place, choice_files, overrides_hash, read
+from etude.sweep.place import RECORD, Place, choice_files, overrides_hash
 from etude.sweep.place import identity as identity_of
 from etude.sweep.pool import Pool, Resources, Stop, share, visible_gpus
 from etude.sweep.table import Table
@@ -236,7 +236,7 @@ def test_two_sweeps_in_the_same_second_do_not_mix(tmp_path: Path, light: Callabl
     assert len(sweeps(tmp_path)) == 2
     for sweep in sweeps(tmp_path):
         assert [p.name.split("_")[0] for p in sweep.glob("*/")] == ["0"] and status(sweep, 0)["status"] == "completed"
-        assert len(read(sweep)["jobs"]) == 1
+        assert len(recorded(sweep / RECORD)["jobs"]) == 1
 
 
 def test_ctrl_c_stops_the_jobs_and_the_same_command_goes_on(tmp_path: Path, light: Callable) -> None:

@@ -118,16 +118,15 @@ def looking(model: nn.Module) -> Iterator[Looked]:
         states[:] = [output]
 
     states: list[Tensor] = []
-    hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(scored, with_kwargs=True)]
-    hooks.append(model.get_submodule("norm").register_forward_hook(final))
     parts = {n: m for n, m in model.named_modules() if n and n.count(".") <= DEPTH and not isinstance(m, nn.Identity)}
-    hooks += [module.register_forward_hook(part(name)) for name, module in parts.items()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(model.register_forward_pre_hook(begin))
+        hooks.enter_context(model.register_forward_hook(scored, with_kwargs=True))
+        hooks.enter_context(model.get_submodule("norm").register_forward_hook(final))
+        for name, module in parts.items():
+            hooks.enter_context(module.register_forward_hook(part(name)))
         with torch.compiler.set_stance("force_eager"):  # hooks inside a compiled block would not be called
             yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def add(sums: list[float], x: Tensor) -> None:

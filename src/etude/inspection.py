@@ -2,7 +2,7 @@
 Shapes: B rows, T positions, L layers, H heads, D channels, V tokens, E experts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -57,12 +57,10 @@ def attention(model: Any, tokens: Tensor) -> Attention:
 @contextmanager
 def _watching(modules: Sequence[nn.Module], see: Callable[[int, Any, Any], None]) -> Iterator[None]:
     """While it is open, see(i, what goes in first, what comes out) at each call of modules[i]."""
-    hooks = [m.register_forward_hook(lambda _, given, out, i=i: see(i, given[0], out)) for i, m in enumerate(modules)]
-    try:
+    with ExitStack() as hooks:
+        for i, module in enumerate(modules):
+            hooks.enter_context(module.register_forward_hook(lambda _, given, out, i=i: see(i, given[0], out)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

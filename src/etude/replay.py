@@ -161,31 +161,15 @@ def replay(session: training.Session, run: Path, step: int) -> tuple[dict[int, d
     tracker = Trackers(Jsonl(), {})
     if world.rank == 0:
         tracker.open(folder, session.progress.step)
-    if cfg["compile"]:
-        for model in (session.model, session.ref):
-            for block in getattr(model, "blocks", ()):
-                block.compile()
-    model = session.parallel.wrap(session.model, world)
-    schedule = conf.build(cfg["scheduler"])
-    train = functools.partial(
-        loop.fit,
-        model=model,
-        ref=session.ref,
-        strategy=session.strategy,
-        optimizer=session.optimizer,
-        schedule=schedule,
-        batches=session.batches,
-        window=session.window,
-        parallel=session.parallel,
-        world=world,
-        progress=session.progress,
+    model = session.wrapped()
+    train = session.fitting(
+        model,
         tracker=tracker,
         status=runs.Status(folder),
         display=Display("none"),
         save=lambda best: None,
         sample=lambda step: None,
         evaluate=lambda whole: {},
-        precision=session.precision,
         peak_flops=None,
         folder=folder,
     )
@@ -209,7 +193,7 @@ def replay(session: training.Session, run: Path, step: int) -> tuple[dict[int, d
     with session.window.reading(at, limit):
         collected = session.window.collected(model, at)
     weight = world.sum(loop.weigh(session.strategy, collected))
-    loop.set_lr(session.optimizer, schedule(at, steps, per_epoch))
+    loop.set_lr(session.optimizer, conf.build(cfg["scheduler"])(at, steps, per_epoch))
     about = (model, session.ref, session.strategy, collected, weight, cfg | {"clip": None}, at, session.parallel, world)
     again = functools.partial(loop.gradients, *about, session.autocast)
     sums, norm = again()

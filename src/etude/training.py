@@ -119,25 +119,17 @@ def work(
     remember(cfg)
     parallel = conf.build(cfg["parallel"])
     first = parallel_rank() == 0  # what is refused is refused on every rank: one of them says it
-    return cli.guard(lambda: _work(cfg, overrides, choices, data, prepared, job, parallel), quiet=not first)
 
+    def run() -> int:
+        with parallel.world(cfg["threads"]) as world, contextlib.ExitStack() as stack:
+            session = Session(cfg, data, prepared, parallel, world)
+            folder = world.broadcast(str(session.claim(job)) if world.rank == 0 else None)
+            session.folder = Path(folder)
+            if world.rank == 0:
+                stack.enter_context(runs.locked(session.folder))
+            return session.run(overrides, choices)
 
-def _work(
-    cfg: dict,
-    overrides: list[str],
-    choices: dict[str, Any],
-    data: Any,
-    prepared: list[Prepared],
-    job: tuple[Path, bool] | None,
-    parallel: Any,
-) -> int:
-    with parallel.world(cfg["threads"]) as world, contextlib.ExitStack() as stack:
-        session = Session(cfg, data, prepared, parallel, world)
-        folder = world.broadcast(str(session.claim(job)) if world.rank == 0 else None)
-        session.folder = Path(folder)
-        if world.rank == 0:
-            stack.enter_context(runs.locked(session.folder))
-        return session.run(overrides, choices)
+    return cli.guard(run, quiet=not first)
 
 
 class Session:
@@ -304,7 +296,7 @@ class Session:
         """Train to the end, evaluate, export and say what to type next. -> exit code."""
         from etude import saving, summary
         from etude.display import Display
-        from etude.loop import fit, goal, horizon, reached
+        from etude.loop import goal, horizon, reached
         from etude.track import Jsonl, Trackers
 
         cfg, main = self.cfg, self.world.rank == 0
@@ -346,30 +338,15 @@ class Session:
             if main and source is not None and not (self.folder / "reproduction.json").exists():
                 display.say("\n".join(reproduce.begin(source, self.folder, cfg)))
             display.say(summary.at_start(self, limit))
-            if cfg["compile"]:
-                for model in (self.model, self.ref):
-                    for block in getattr(model, "blocks", ()):
-                        block.compile()
-            model = self.parallel.wrap(self.model, self.world)
-            part = functools.partial(
-                fit,
-                model=model,
-                ref=self.ref,
-                strategy=self.strategy,
-                optimizer=self.optimizer,
-                schedule=conf.build(cfg["scheduler"]),
-                batches=self.batches,
-                window=self.window,
-                parallel=self.parallel,
-                world=self.world,
-                progress=self.progress,
+            model = self.wrapped()
+            part = self.fitting(
+                model,
                 tracker=self.tracker,
                 status=status,
                 display=display,
                 save=lambda best: saving.save(self, best),
                 sample=self.sample,
                 evaluate=self.evaluate,
-                precision=self.precision,
                 peak_flops=self.peak_flops,
                 folder=self.folder,
             )
@@ -406,6 +383,34 @@ class Session:
             display.stop()
             if main:
                 self.tracker.close()
+
+    def wrapped(self) -> Any:
+        """The model as it is trained: compiled, and wrapped for its processes."""
+        if self.cfg["compile"]:
+            for model in (self.model, self.ref):
+                for block in getattr(model, "blocks", ()):
+                    block.compile()
+        return self.parallel.wrap(self.model, self.world)
+
+    def fitting(self, model: Any, **given: Any) -> Callable[..., str]:
+        """loop.fit with the parts of this session; `given` are where it reports to and what it does in between."""
+        from etude.loop import fit
+
+        return functools.partial(
+            fit,
+            model=model,
+            ref=self.ref,
+            strategy=self.strategy,
+            optimizer=self.optimizer,
+            schedule=conf.build(self.cfg["scheduler"]),
+            batches=self.batches,
+            window=self.window,
+            parallel=self.parallel,
+            world=self.world,
+            progress=self.progress,
+            precision=self.precision,
+            **given,
+        )
 
     def machine(self) -> dict[str, Any]:
         """For meta/env.txt: what decides how sums are rounded, beside the packages."""

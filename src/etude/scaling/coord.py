@@ -8,7 +8,7 @@ with width^-1/2, and only what was learned stays. How far the targets' logits ri
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,15 +50,13 @@ def listening(model: Any, heard: dict[str, Tensor]) -> Iterator[None]:
 
         return hook
 
-    hooks = [model.embed.register_forward_hook(hear("embedding"))]
+    parts = {"embedding": model.embed}
     for i, block in enumerate(model.blocks):
-        parts = {"attention": block.attn, "feed-forward": block.ffn, "stream": block}
-        hooks += [part.register_forward_hook(hear(f"{i} {name}")) for name, part in parts.items()]
-    try:
+        parts |= {f"{i} attention": block.attn, f"{i} feed-forward": block.ffn, f"{i} stream": block}
+    with ExitStack() as hooks:
+        for name, part in parts.items():
+            hooks.enter_context(part.register_forward_hook(hear(name)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

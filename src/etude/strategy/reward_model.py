@@ -102,11 +102,8 @@ def rewards(model: Any, batch: Batch, slots: Tensor, token: int) -> tuple[Tensor
     """-> (reward (N,) at each of slots (N, 1), what the sparse layers say)."""
     bare: Any = getattr(model, "module", model)
     states: list[Tensor] = []
-    hook = bare.norm.register_forward_hook(lambda module, inputs, x: states.append(x))
-    try:
+    with bare.norm.register_forward_hook(lambda module, inputs, x: states.append(x)):
         _, aux = model(batch["tokens"], **{name: t for name, t in batch.items() if name != "tokens"})
-    finally:
-        hook.remove()
     final = bare.outgoing(states[0].flatten(0, 1)[slots[:, 0]]).float()
     return (final * bare.head.weight[token].float()).sum(-1), aux
 

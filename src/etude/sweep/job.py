@@ -56,11 +56,7 @@ class Job:
     @property
     def record(self) -> dict[str, Any]:
         """status.json."""
-        try:
-            found = json.loads((self.folder / "status.json").read_text(encoding="utf-8"))
-            return found if isinstance(found, dict) else {}
-        except (OSError, ValueError):
-            return {}
+        return runs.recorded(self.folder / "status.json")
 
     @property
     def metrics(self) -> dict[str, Any]:

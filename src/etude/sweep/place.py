@@ -140,22 +140,13 @@ def claim(parent: Path, tag: str) -> Path:
 def earlier(parent: Path, wanted: str) -> Iterator[Path]:
     """The sweeps of this identity in `parent`, the newest first."""
     for path in sorted(parent.glob(f"*/{RECORD}"), reverse=True):
-        if read(path.parent).get("identity") == wanted:
+        if runs.recorded(path.parent / RECORD).get("identity") == wanted:
             yield path.parent
-
-
-def read(sweep: Path) -> dict[str, Any]:
-    """sweep.json; empty where there is none that can be read."""
-    try:
-        found = json.loads((sweep / RECORD).read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
 
 
 def note_jobs(sweep: Path, jobs: dict[str, list[str]]) -> None:
     """Add jobs to sweep.json: the name of each one's folder and its overrides, secrets left out."""
-    record = read(sweep)
+    record = runs.recorded(sweep / RECORD)
     added = {name: [redact_override(o) for o in overrides] for name, overrides in jobs.items()}
     runs.replace(sweep / RECORD, json.dumps(record | {"jobs": record.get("jobs", {}) | added}, indent=1))
 
@@ -198,13 +189,13 @@ class Place(Callback):
             folder = Path(config.hydra.sweep.dir)
             folder.mkdir(parents=True, exist_ok=True)
             self.hold.enter_context(runs.locked(folder))
-            if read(folder).get("identity", wanted) != wanted:
+            if runs.recorded(folder / RECORD).get("identity", wanted) != wanted:
                 raise Refusal(
-                    f"hydra.sweep.dir={folder} holds another sweep ({read(folder).get('command')}); leave it out, or give another folder"
+                    f"hydra.sweep.dir={folder} holds another sweep ({runs.recorded(folder / RECORD).get('command')}); leave it out, or give another folder"
                 )
         else:
             folder = self._found(parent, wanted, config.hydra.launcher.fresh) or self._new(parent, str(config.tag))
-        if not read(folder):
+        if not runs.recorded(folder / RECORD):
             record = {
                 "identity": wanted,
                 "command": as_typed(sys.argv),

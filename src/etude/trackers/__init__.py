@@ -1,9 +1,9 @@
 """Trackers beside the JSONL files, one a module, each run in a process of its own (etude.track)."""
 
 import importlib.util
-import json
 from pathlib import Path
-from typing import Any
+
+from etude.run import recorded
 
 
 def remembered(folder: Path, name: str) -> str | None:
@@ -29,19 +29,7 @@ def runs_dir_of(folder: Path) -> Path:
 
 def status_of(folder: Path) -> str:
     """running, completed, failed or interrupted."""
-    try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError):
-        return "running"
-
-
-def flat(config: dict, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        found |= flat(value, name + ".") if isinstance(value, dict) and value else {name: value}
-    return found
+    return recorded(folder / "status.json").get("status", "running")
 
 
 def installed(module: str) -> bool:

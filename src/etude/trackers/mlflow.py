@@ -5,7 +5,8 @@ import os
 import time
 from pathlib import Path
 
-from etude.trackers import flat, group_of, remember, remembered, runs_dir_of, status_of
+from etude.run import flat
+from etude.trackers import group_of, remember, remembered, runs_dir_of, status_of
 
 
 class MLflow:

@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from etude.run import flat
 from etude.track import Bins
-from etude.trackers import flat, status_of
+from etude.trackers import status_of
 
 ASIDE = ("tracker", "progress", "runs_dir", "cache_dir", "trusted")  # say nothing of what a run finds
 SHOWN = (
