@@ -149,17 +149,15 @@ def restore(session: training.Session, run: Path, step: int) -> str:
     return "the beginning, as no checkpoint before it is there"
 
 
-def replay(session: training.Session, run: Path, step: int) -> tuple[dict[int, dict], dict[str, Any]]:
-    """Train up to `step` and do its forward and backward; -> the log of the steps between, and of the step itself its `values`
-    as they are logged, `rows` of all ranks, `gradients`, `activations` and router `load`."""
-    from etude import diagnosis, loop
+def approach(session: training.Session, run: Path, step: int) -> Any:
+    """Train up to `step`, as the run did; -> the model, as the loop has it. Raises Refusal where the run does not come so far."""
     from etude.display import Display
     from etude.track import Jsonl, Trackers
 
-    cfg, world, folder = session.cfg | TRAIN_ONLY, session.world, session.folder
+    cfg, folder, main = session.cfg | TRAIN_ONLY, session.folder, session.world.rank == 0
     (folder / "logs").mkdir()
     tracker = Trackers(Jsonl(), {})
-    if world.rank == 0:
+    if main:
         tracker.open(folder, session.progress.step)
     model = session.wrapped()
     train = session.fitting(
@@ -179,12 +177,21 @@ def replay(session: training.Session, run: Path, step: int) -> tuple[dict[int, d
                 train(settings=cfg | limits, until=until)
         ended = train(settings=cfg, until=step - 1)
     finally:
-        if world.rank == 0:
+        if main:
             tracker.close()
     at = session.progress.step
     if at != step - 1:
         raise Refusal(f"step {step} is not reached: training ended after step {at} ({ended}); type a step up to {at}")
+    return model
 
+
+def replay(session: training.Session, run: Path, step: int) -> tuple[dict[int, dict], dict[str, Any]]:
+    """Train up to `step` and do its forward and backward; -> the log of the steps between, and of the step itself its `values`
+    as they are logged, `rows` of all ranks, `gradients`, `activations` and router `load`."""
+    from etude import diagnosis, loop
+
+    model = approach(session, run, step)
+    cfg, world, at = session.cfg, session.world, session.progress.step
     limit = loop.horizon(
         cfg, session.batches, session.window.iterations, session.model.flops_per_token(session.data.seq_len)
     )
@@ -214,7 +221,7 @@ def replay(session: training.Session, run: Path, step: int) -> tuple[dict[int, d
     parts = world.gather(looked.squares)
     looked.squares = {n: diagnosis.joined([p[n] for p in parts]) for n in looked.squares} if parts else {}
     found |= {"gradients": looked.gradients, "activations": looked.activations(), "load": load}
-    return (reproduce.log(folder) if world.rank == 0 else {}), found
+    return (reproduce.log(session.folder) if world.rank == 0 else {}), found
 
 
 def place(row: Any, samples: list[list[int]], collected: list[dict]) -> str:
